@@ -1,0 +1,58 @@
+# make tutorial   install what is needed, start the local API, run the five scripts, show the result
+# make test       run the tests (make test-all: with the long ones)
+# make lint       check style and types
+#
+# On Linux the default PyTorch comes with CUDA; TORCH_INDEX names an index that has the small CPU build:
+#   make TORCH_INDEX=https://download.pytorch.org/whl/cpu tutorial
+
+PYTHON ?= python3
+TORCH_INDEX ?=
+BIN := .venv/bin
+PIP := $(BIN)/python -m pip install --disable-pip-version-check --quiet
+
+.PHONY: tutorial test test-slow test-all lint format clean
+
+tutorial: .venv/.installed
+	@$(BIN)/python examples/run_tutorial.py
+
+test: .venv/.installed-tests
+	$(BIN)/python -m pytest -m "not slow"
+
+test-slow: .venv/.installed-tests
+	$(BIN)/python -m pytest -m slow
+
+test-all: test test-slow
+
+lint: .venv/.installed-tests
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: .venv/.installed-tests
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+.venv/bin/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
+	  { echo "Python 3.10 or newer is needed; name it with: make PYTHON=python3.12 $(MAKECMDGOALS)" >&2; exit 2; }
+	@echo "Making a virtual environment in .venv ..."
+	@$(PYTHON) -m venv .venv
+
+.venv/.installed: requirements.txt local_api/requirements.txt | .venv/bin/python
+	@echo "Installing requirements.txt and local_api/requirements.txt (a few minutes, once) ..."
+ifneq ($(TORCH_INDEX),)
+	@$(PIP) --index-url $(TORCH_INDEX) "$$(grep '^torch==' local_api/requirements.txt)"
+else ifeq ($(shell uname -s),Linux)
+	@echo "Note: on Linux the default PyTorch is a large download (526 MB, and CUDA packages of several GB)."
+	@echo "      The small CPU build: make TORCH_INDEX=https://download.pytorch.org/whl/cpu $(MAKECMDGOALS)"
+endif
+	@$(PIP) -r requirements.txt -r local_api/requirements.txt
+	@touch $@
+
+.venv/.installed-tests: tests/requirements.txt .venv/.installed
+	@echo "Installing tests/requirements.txt ..."
+	@$(PIP) -r tests/requirements.txt
+	@touch $@
+
+clean:
+	rm -rf .venv .tutorial .local_api .pytest_cache .ruff_cache .mypy_cache .hypothesis

@@ -1,0 +1,136 @@
+"""Run the whole tutorial: start the local API, call the five scripts in order, show what came of it.
+
+`make tutorial` calls this. It works in .tutorial/ and never touches your own files; it always talks to its own local
+API on a free port, whatever your .env or your environment name, so it cannot spend money.
+
+    python examples/run_tutorial.py
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+WORK = ROOT / ".tutorial"
+DATA = WORK / "local_api"
+CACHE = ROOT / ".local_api" / "cache"  # shared with `python -m local_api`, so that the base model is fetched once
+START_SECONDS = 60
+STOP_SECONDS = 15
+
+# The steps as README.md shows them.
+STEPS = (
+    "python prepare_training_data.py",
+    "python fine_tune.py",
+    "python check_fine_tune_status.py --wait",
+    'python use_fine_tuned_model.py "I forgot my password. How do I get back in?"',
+    "python test_model.py",
+)
+
+
+def own_environment(base_url: str) -> dict[str, str]:
+    """Return the environment of the scripts: nothing in it leads to another server, a key or a proxy."""
+    foreign = ("OPENAI_", "AZURE_OPENAI_", "FINE_TUNE", "TIKTOKEN_", "LOCAL_API_")
+    kept = {k: v for k, v in os.environ.items() if not k.upper().startswith(foreign) and "PROXY" not in k.upper()}
+    return {
+        **kept,
+        "OPENAI_API_KEY": "local",
+        "OPENAI_BASE_URL": base_url,
+        "FINE_TUNE_MODEL": "smollm2-135m-instruct",
+        "TIKTOKEN_CACHE_DIR": str(CACHE / "tiktoken"),
+        "PYTHON_DOTENV_DISABLED": "1",  # python-dotenv's own switch: .env is not read
+        "PYTHONUNBUFFERED": "1",
+    }
+
+
+def prepare_base_model() -> None:
+    """Fetch and convert the base model, if this is the first run; say what is reused otherwise."""
+    sys.path.insert(0, str(ROOT))
+    from local_api import base_models
+
+    name = base_models.DEFAULT_BASE_MODEL
+    if base_models.is_ready(name, CACHE):
+        print(f"Reusing the installed packages (.venv) and the converted base model {name}.")
+        return
+    try:
+        base_models.prepare(name, CACHE, print)
+    except base_models.ModelUnavailable as error:
+        raise SystemExit(f"{error}") from None
+
+
+def start_server() -> tuple[subprocess.Popen[str], str]:
+    """Start the local API on a free port; return its process and its base URL once it answers."""
+    log = open(WORK / "local_api.log", "w", encoding="utf-8")  # noqa: SIM115 - the server writes to it until it ends
+    command = [sys.executable, "-m", "local_api", "--port", "0", "--data-dir", str(DATA), "--cache-dir", str(CACHE)]
+    server = subprocess.Popen(
+        command,
+        cwd=ROOT,
+        env=own_environment("http://127.0.0.1"),
+        stdout=subprocess.PIPE,
+        stderr=log,
+        text=True,
+        # Ctrl-C in this terminal must reach us first: we then stop the server in order.
+        start_new_session=os.name == "posix",
+        creationflags=getattr(subprocess, "CREATE_NEW_PROCESS_GROUP", 0),
+    )
+    assert server.stdout is not None
+    ready = re.search(r"http://\S+/v1", server.stdout.readline())
+    if not ready:
+        server.wait(START_SECONDS)
+        raise SystemExit(f"The local API did not start; see {WORK / 'local_api.log'}")
+    return server, ready[0]
+
+
+def stop_server(server: subprocess.Popen[str]) -> None:
+    server.terminate()
+    try:
+        server.wait(STOP_SECONDS)
+    except subprocess.TimeoutExpired:
+        server.kill()
+        server.wait()
+
+
+def run_step(number: int, command: str, environment: dict[str, str]) -> int:
+    """Show a README command, run it in .tutorial/ and return its exit code."""
+    print(f"\n=== Step {number} of {len(STEPS)}\n$ {command}\n", flush=True)
+    _, script, *arguments = shlex.split(command)
+    started = time.monotonic()
+    code = subprocess.run([sys.executable, str(ROOT / script), *arguments], cwd=WORK, env=environment).returncode
+    print(f"\n(step {number} took {time.monotonic() - started:.0f} s)", flush=True)
+    return code
+
+
+def main() -> int:
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(130))
+    started = time.monotonic()
+    WORK.mkdir(exist_ok=True)
+    prepare_base_model()
+    server, base_url = start_server()
+    print(f"Local API started at {base_url} (its log: .tutorial/local_api.log)")
+    try:
+        environment = own_environment(base_url)
+        for number, command in enumerate(STEPS, start=1):
+            code = run_step(number, command, environment)
+            if code not in (0, 1) or (code == 1 and number < len(STEPS)):
+                print(f"\nStep {number} ended with exit code {code}; the lines above say why.", file=sys.stderr)
+                return code
+    except KeyboardInterrupt:
+        print("\nInterrupted; the local API is being stopped.", file=sys.stderr)
+        return 130
+    finally:
+        stop_server(server)
+    port = base_url.split(":")[2].split("/")[0]
+    print(f"\nDone in {(time.monotonic() - started) / 60:.1f} minutes. The results: .tutorial/test_results.json")
+    print("The local API was stopped. To ask your model more questions, start it again where it left off:")
+    print(f"  python -m local_api --port {port} --data-dir .tutorial/local_api --cache-dir .local_api/cache")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

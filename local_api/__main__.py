@@ -1,0 +1,126 @@
+"""python -m local_api: start the server. README.md in this folder says what it serves."""
+
+import argparse
+import errno
+import logging
+import os
+import shlex
+import signal
+import socket
+import sys
+from pathlib import Path
+from types import FrameType
+
+import psutil
+import uvicorn
+from filelock import FileLock, Timeout
+
+from local_api import base_models, vocabulary
+from local_api.app import LOOPBACK, TRAINER_COMMAND, Settings, create_app
+from local_api.worker import Worker, stop_processes
+
+# After SIGTERM or Ctrl-C: what running answers get to finish, while the trainer saves its state.
+ANSWER_SECONDS = 6
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m local_api", description="A local API that fine-tunes and answers.")
+    parser.add_argument("--host", default="127.0.0.1", 
+                        help="address to listen on (default: %(default)s, this machine only)")  # fmt: skip
+    parser.add_argument("--port", type=int, default=8321, help="port, 0 for any free one (default: %(default)s)")
+    parser.add_argument("--data-dir", type=Path, default=Path(".local_api"), metavar="DIR",
+                        help="where files, jobs and models are kept (default: %(default)s)")  # fmt: skip
+    parser.add_argument("--cache-dir", type=Path, metavar="DIR",
+                        help="where base models and vocabularies are kept (default: DATA_DIR/cache)")  # fmt: skip
+    parser.add_argument("--base-model", action="append", metavar="NAME-OR-PATH",
+                        help="a Hugging Face hub id or a directory; may be given several times "
+                             f"(default: {base_models.DEFAULT_BASE_MODEL})")  # fmt: skip
+    parser.add_argument("--api-key", metavar="KEY", help="the key that clients must send (better: set LOCAL_API_KEY)")
+    parser.add_argument("--launcher", metavar="COMMAND", default=None,
+                        help="what starts the trainer, for instance 'accelerate launch --config_file multi_gpu.yaml' "
+                             "(default: this Python)")  # fmt: skip
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = build_parser().parse_args(argv)
+    base_models.share_processor()
+    logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
+    args.api_key = args.api_key or os.environ.get("LOCAL_API_KEY") or None
+    if args.host not in LOOPBACK and not args.api_key:
+        return refuse(f"--host {args.host} lets other machines in: set LOCAL_API_KEY to the key that they must send.")
+    args.cache_dir = (args.cache_dir or args.data_dir / "cache").resolve()
+    lock = FileLock(args.data_dir / "server.lock")
+    try:
+        args.data_dir.mkdir(parents=True, exist_ok=True)
+        lock.acquire(timeout=0)
+        vocabulary.unpack(args.cache_dir / "tiktoken")
+        listener = listen(args.host, args.port)
+    except Timeout:
+        return refuse(f"Another server is running on {args.data_dir}; stop it, or choose another --data-dir.")
+    except OSError as error:
+        return refuse(f"Cannot start: {error}.")
+    with lock, listener:
+        serve(args, listener)
+    return 0
+
+
+def refuse(sentence: str) -> int:
+    print(sentence, file=sys.stderr)
+    return 2
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """Return a listening socket; OSError, with a sentence, if the address cannot be had."""
+    try:
+        return socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
+    except OSError as error:
+        if error.errno == errno.EADDRINUSE:
+            raise OSError(f"port {port} is in use; stop what uses it, or choose another --port") from None
+        raise OSError(f"--host {host} is no address of this machine ({error})") from None
+
+
+def serve(args: argparse.Namespace, listener: socket.socket) -> None:
+    """Serve until SIGTERM or Ctrl-C."""
+    # The checks of a job's files count tokens: with the vocabularies that were just unpacked, not from the network.
+    os.environ["TIKTOKEN_CACHE_DIR"] = str(args.cache_dir / "tiktoken")
+    trainer = [*shlex.split(args.launcher), "-m", "local_api.train"] if args.launcher else TRAINER_COMMAND
+    settings = Settings(args.data_dir, args.cache_dir, args.base_model or (base_models.DEFAULT_BASE_MODEL,), args.host,
+                        args.api_key)  # fmt: skip
+    app = create_app(settings, trainer_command=trainer)
+    host = f"[{args.host}]" if ":" in args.host else args.host
+    ready = (
+        f"Local API ready: http://{host}:{listener.getsockname()[1]}/v1\n"
+        f"  base models   {', '.join(app.state.models.base_ids)}\n"
+        f"  data          {args.data_dir.resolve()}\n"
+        f"  stop          Ctrl-C; files, jobs and models stay, a running job goes on at the next start"
+    )
+    config = uvicorn.Config(app, log_config=None, log_level="warning", access_log=False, server_header=False,
+                            proxy_headers=False, timeout_graceful_shutdown=ANSWER_SECONDS)  # fmt: skip
+    server = Server(config, ready, app.state.worker)
+    if hasattr(signal, "SIGHUP"):  # the terminal was closed
+        signal.signal(signal.SIGHUP, server.handle_exit)
+    server.run([listener])
+    stop_processes(psutil.Process().children())  # a download that was under way
+    print("Stopped.", file=sys.stderr)
+
+
+class Server(uvicorn.Server):
+    """uvicorn, which says when it is ready and, asked to stop, lets the trainer save its state at once."""
+
+    def __init__(self, config: uvicorn.Config, ready: str, worker: Worker):
+        super().__init__(config)
+        self.ready, self.worker = ready, worker
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        print(self.ready, flush=True)
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        self.worker.stopping = True
+        self.force_exit = self.should_exit  # the second Ctrl-C does not wait for answers
+        self.should_exit = True
+
+
+if __name__ == "__main__":
+    sys.exit(main())

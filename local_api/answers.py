@@ -1,0 +1,135 @@
+"""Answers in the making, between the routes, which are asynchronous, and the engine, whose iterators block.
+
+Each choice of each request is one generation, followed by a thread of its own that hands its pieces to the event loop.
+"""
+
+import asyncio
+import contextlib
+import logging
+import threading
+from collections.abc import AsyncIterator
+from typing import Any
+
+from fastapi import Request
+
+from local_api.base_models import ModelUnavailable
+from local_api.engine import Engine, EngineError, GenerationRequest
+from local_api.errors import APIError, explain, model_not_found
+from local_api.store import Document
+
+log = logging.getLogger("local_api")
+MAX_GENERATIONS = 64  # at once, those that wait for their turn included; one more is answered with 429
+
+
+class Generating:
+    """The engine, and how many generations are in flight."""
+
+    def __init__(self, app_state: Any):
+        self.state = app_state
+        self.running = 0
+        self.lock = threading.Lock()
+
+    def engine(self) -> Any:
+        with self.lock:
+            if self.state.engine is None:
+                self.state.engine = Engine(self.state.models.locate)
+            return self.state.engine
+
+    def reserve(self, count: int) -> None:
+        """Take `count` places, which are free again as the generations end. On the event loop only: no lock."""
+        if self.running + count > MAX_GENERATIONS:
+            raise APIError(429, f"This server answers {MAX_GENERATIONS} requests at once; wait a moment and try again.",
+                           code="rate_limit_exceeded", headers={"Retry-After": "1"})  # fmt: skip
+        self.running += count
+
+
+class Answer:
+    """The generations of one HTTP request: an async stream of (index, piece) in order of arrival.
+
+    `close` it in any case: it stops what is still being generated. A client that closes its connection does the same.
+    """
+
+    def __init__(self, http: Request, requests: list[GenerationRequest]):
+        self.generating: Generating = http.app.state.generating
+        self.count = len(requests)
+        self.generations: dict[int, Any] = {}
+        self.abandoned = False
+        self.arrived: asyncio.Queue = asyncio.Queue()
+        self.loop = asyncio.get_running_loop()
+        self.generating.reserve(self.count)
+        self.leaving = asyncio.create_task(self._close_when_gone(http))
+        for index, request in enumerate(requests):
+            threading.Thread(target=self._follow, args=(index, request), name="generation", daemon=True).start()
+
+    def _follow(self, index: int, request: GenerationRequest) -> None:
+        """In a thread: hand every piece of one generation to the event loop."""
+        last: Any = None  # None says that it is complete, an exception that it failed
+        try:
+            generation = self.generations[index] = self.generating.engine().submit(request)
+            if self.abandoned:
+                generation.cancel()
+            for piece in generation:
+                self._hand_over(self.arrived.put_nowait, (index, piece))
+        except Exception as error:
+            last = error
+        self._hand_over(self._end, index, last)
+
+    def _hand_over(self, function: Any, *arguments: Any) -> None:
+        with contextlib.suppress(RuntimeError):  # the loop is closed: the server has stopped
+            self.loop.call_soon_threadsafe(function, *arguments)
+
+    def _end(self, index: int, last: Any) -> None:
+        self.generating.running -= 1
+        self.arrived.put_nowait((index, last))
+
+    async def pieces(self) -> AsyncIterator[tuple[int, Any]]:
+        remaining = self.count
+        while remaining:
+            index, piece = await self.arrived.get()
+            if isinstance(piece, Exception):
+                raise piece
+            if piece is None:
+                remaining -= 1
+            else:
+                yield index, piece
+
+    def close(self) -> None:
+        self.leaving.cancel()
+        self.abandoned = True
+        for generation in list(self.generations.values()):
+            generation.cancel()
+
+    async def _close_when_gone(self, http: Request) -> None:
+        while (await http.receive())["type"] != "http.disconnect":
+            pass
+        self.close()
+
+    def usage(self) -> Document:
+        """Return the tokens of prompt and choices; as at OpenAI, the prompt counts once."""
+        generations = list(self.generations.values())
+        prompt = generations[0].prompt_tokens if generations else 0
+        completion = sum(generation.completion_tokens for generation in generations)
+        return {
+            "prompt_tokens": prompt,
+            "completion_tokens": completion,
+            "total_tokens": prompt + completion,
+            "prompt_tokens_details": {"cached_tokens": 0, "audio_tokens": 0},
+            "completion_tokens_details": {"reasoning_tokens": 0, "audio_tokens": 0, "accepted_prediction_tokens": 0,
+                                          "rejected_prediction_tokens": 0},
+        }  # fmt: skip
+
+
+def as_api_error(error: Exception) -> APIError:
+    """Return what the client is told about a generation that failed."""
+    if isinstance(error, APIError):
+        return error
+    if isinstance(error, KeyError):  # deleted in this very moment
+        return model_not_found(str(error.args[0]))
+    if isinstance(error, EngineError) and error.code in ("context_length_exceeded", "invalid_value"):
+        return APIError(400, str(error), param="messages", code=error.code)
+    if isinstance(error, EngineError):
+        return APIError(503 if error.code == "server_shutting_down" else 500, str(error), code=error.code)
+    if isinstance(error, ModelUnavailable):
+        return APIError(503, str(error), param="model", code="model_not_available")
+    log.error("An answer failed", exc_info=error)
+    return explain(error)

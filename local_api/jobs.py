@@ -1,0 +1,262 @@
+"""/v1/fine_tuning/jobs: create, list, retrieve, cancel, pause, resume, events, checkpoints.
+
+A handler here only writes the job down or changes its status; local_api/worker.py does the work.
+"""
+
+import os
+import random
+import re
+import shutil
+from typing import Annotated, Any, Literal
+
+from fastapi import Query, Request
+from openai.types.fine_tuning import FineTuningJob, FineTuningJobEvent
+from openai.types.fine_tuning.jobs import FineTuningJobCheckpoint
+from pydantic import AfterValidator, BeforeValidator, Field
+from pydantic_core import PydanticCustomError
+
+from local_api.errors import APIError
+from local_api.files import find_file
+from local_api.models import Models, find_model
+from local_api.shapes import Page, Parameters, Router, page
+from local_api.store import CHECKPOINT, EVENT, JOB, Document, Store, StoreOfRequest, new_id, now, public
+
+MAX_WAITING_JOBS = 100
+UNFINISHED = ("validating_files", "queued", "running", "paused")
+
+router = Router(prefix="/v1/fine_tuning/jobs", tags=["Fine-tuning"])
+
+
+# What a client may send
+
+
+def auto_or(kind: type, least: float, most: float | None, in_words: str) -> Any:
+    """Return the type of a hyperparameter: "auto" or a number of this kind and range."""
+
+    def check(value: Any) -> Any:
+        is_number = isinstance(value, (int, float) if kind is float else int) and not isinstance(value, bool)
+        in_range = is_number and (value > least if kind is float else value >= least) and (not most or value <= most)
+        if value == "auto" or (in_range and value != float("inf")):
+            return value
+        raise PydanticCustomError("value_error", "expected {expected}", {"expected": in_words})
+
+    return Annotated[Literal["auto"] | kind, BeforeValidator(check)]
+
+
+def check_metadata(metadata: dict[str, str] | None) -> dict[str, str] | None:
+    for key, value in (metadata or {}).items():
+        if len(key) > 64 or len(value) > 512:
+            raise ValueError("a key has at most 64 characters and a value at most 512")
+    if metadata and len(metadata) > 16:
+        raise ValueError("at most 16 pairs are allowed")
+    return metadata
+
+
+class Hyperparameters(Parameters):
+    n_epochs: auto_or(int, 1, 50, '"auto" or an integer from 1 to 50') = "auto"  # type: ignore[valid-type]
+    batch_size: auto_or(int, 1, 256, '"auto" or an integer from 1 to 256') = "auto"  # type: ignore[valid-type]
+    learning_rate_multiplier: auto_or(float, 0, None, '"auto" or a number above 0') = "auto"  # type: ignore[valid-type]
+
+
+class Supervised(Parameters):
+    hyperparameters: Hyperparameters = Hyperparameters()
+
+
+def only_supervised(method: str) -> str:
+    if method != "supervised":
+        raise ValueError(f"the method '{method}' is not supported by this server, only 'supervised'")
+    return method
+
+
+class Method(Parameters):
+    type: Annotated[Literal["supervised", "dpo", "reinforcement"], AfterValidator(only_supervised)]
+    supervised: Supervised = Supervised()
+
+
+class JobRequest(Parameters):
+    model: str
+    training_file: str
+    validation_file: str | None = None
+    hyperparameters: Hyperparameters | None = None  # the API's older place for method.supervised.hyperparameters
+    method: Method | None = None
+    suffix: Annotated[str | None, Field(min_length=1, max_length=64)] = None
+    seed: Annotated[int | None, Field(ge=0, le=2147483647)] = None
+    metadata: Annotated[dict[str, str] | None, AfterValidator(check_metadata)] = None
+    integrations: list[Any] | None = None
+
+
+# What the API answers
+
+
+class Job(FineTuningJob):
+    # The API's document shows `paused` in its example of a paused job and leaves it out of the enum.
+    status: Literal["validating_files", "queued", "running", "succeeded", "failed", "cancelled", "paused"]  # type: ignore[assignment]
+
+
+PageSize = Annotated[int, Query(ge=1, le=1000)]
+
+
+def find_job(store: Store, job_id: str) -> Document:
+    document = store.get(JOB, job_id)
+    if document is None:
+        raise APIError(404, f"Could not find fine tune: {job_id}", param="fine_tune_id", code="fine_tune_not_found")
+    return document
+
+
+def add_event(store: Store, job_id: str, message: str, *, level: str = "info", type: str = "message",
+              data: Document | None = None, created_at: int | None = None) -> None:  # fmt: skip
+    store.add({"object": EVENT, "id": new_id("ftevent-"), "created_at": created_at or now(), "level": level,
+               "message": message, "type": type, "data": data or {}}, job_id)  # fmt: skip
+
+
+def usable_file(store: Store, file_id: str, param: str) -> Document:
+    try:
+        document = find_file(store, file_id)
+    except APIError:
+        raise APIError(400, f"invalid {param}: {file_id}", param=param) from None
+    if document["purpose"] != "fine-tune":
+        raise APIError(400, f"File '{file_id}' has the purpose '{document['purpose']}', expected 'fine-tune'.",
+                       param=param, code="invalid_file_purpose")  # fmt: skip
+    return document
+
+
+def link_or_copy(source: Any, target: Any) -> None:
+    """Give the job its own name for these bytes (they are never changed), so that a deleted file stays with it."""
+    try:
+        os.link(source, target)
+    except OSError:  # a file system without hard links
+        shutil.copyfile(source, target)
+
+
+@router.post("", response_model=Job)
+def create_job(request: Request, store: StoreOfRequest, job: JobRequest) -> Document:
+    models: Models = request.app.state.models
+    if job.integrations:
+        raise APIError(400, "Integrations are not supported by this server.", param="integrations",
+                       code="unsupported_parameter")  # fmt: skip
+    if len(store.find(JOB, "json_extract(document, '$.status') IN (?, ?, ?, ?)", UNFINISHED)) >= MAX_WAITING_JOBS:
+        raise APIError(429, f"{MAX_WAITING_JOBS} jobs are waiting already; wait until one has finished.",
+                       code="rate_limit_exceeded")  # fmt: skip
+    parent = find_model(models, job.model)
+    files = {"training": usable_file(store, job.training_file, "training_file")}
+    if job.validation_file:
+        files["validation"] = usable_file(store, job.validation_file, "validation_file")
+    if job.method and job.hyperparameters and job.hyperparameters != job.method.supervised.hyperparameters:
+        raise APIError(400, "'hyperparameters' and 'method.supervised.hyperparameters' differ; send only the latter.",
+                       param="hyperparameters")  # fmt: skip
+    asked = job.method.supervised.hyperparameters if job.method else job.hyperparameters or Hyperparameters()
+    hyperparameters = asked.model_dump()
+
+    job_id = new_id("ftjob-")
+    directory = store.job_dir(job_id)
+    directory.mkdir()
+    for name, file in files.items():
+        link_or_copy(store.file_path(file["id"]), directory / f"{name}.jsonl")
+    if "_adapter" in parent:  # continued training: with a copy of the adapter it starts from, for the same reason
+        shutil.copytree(store.data_dir / parent["_adapter"], directory / "parent", copy_function=link_or_copy)
+    document = {
+        "id": job_id,
+        "object": JOB,
+        "created_at": now(),
+        "finished_at": None,
+        "model": job.model,
+        "fine_tuned_model": None,
+        "organization_id": "org-local",
+        "status": "validating_files",
+        "training_file": job.training_file,
+        "validation_file": job.validation_file,
+        "result_files": [],
+        "trained_tokens": None,
+        "error": None,
+        "seed": random.randrange(2**31) if job.seed is None else job.seed,
+        "hyperparameters": hyperparameters,
+        "method": {"type": "supervised", "supervised": {"hyperparameters": hyperparameters}},
+        "estimated_finish": None,
+        "integrations": [],
+        "metadata": job.metadata,
+        "user_provided_suffix": job.suffix,
+        "_base": models.base_of(job.model),
+        "_suffix": re.sub(r"[^a-z0-9._]+", "-", (job.suffix or "").lower()).strip("-."),  # it becomes part of an id
+        "_events_read": 0,  # bytes of the trainer's events.jsonl that are in the store
+        "_times_killed": 0,
+    }
+    with store.transaction():
+        store.add(document)
+        add_event(store, job_id, f"Created fine-tuning job: {job_id}")
+        add_event(store, job_id, f"Validating training file: {job.training_file}" +
+                  (f" and validation file: {job.validation_file}" if job.validation_file else ""))  # fmt: skip
+    request.app.state.worker.wake()
+    return public(document)
+
+
+@router.get("", response_model=Page[Job])
+def list_jobs(request: Request, store: StoreOfRequest, after: str | None = None, limit: PageSize = 20) -> Document:
+    where, parameters = metadata_filter(request)
+    return page(*store.page(JOB, after=after, limit=limit, where=where, parameters=parameters))
+
+
+def metadata_filter(request: Request) -> tuple[str, tuple[str, ...]]:
+    """Turn `metadata[k]=v` (several must all hold) or `metadata=null` of the query into a condition for Store.page."""
+    conditions, parameters = ["1"], []
+    for name, value in request.query_params.multi_items():
+        if name == "metadata":
+            if value != "null":
+                raise APIError(400, "Invalid value for 'metadata': use metadata[key]=value, or metadata=null.",
+                               param="metadata", code="invalid_value")  # fmt: skip
+            conditions.append("json_type(document, '$.metadata') = 'null'")
+        elif name.startswith("metadata[") and name.endswith("]"):
+            conditions.append("EXISTS (SELECT 1 FROM json_each(document, '$.metadata') WHERE key = ? AND value = ?)")
+            parameters += [name[len("metadata[") : -1], value]
+    return " AND ".join(conditions), tuple(parameters)
+
+
+@router.get("/{job_id}", response_model=Job)
+def retrieve_job(store: StoreOfRequest, job_id: str) -> Document:
+    return public(find_job(store, job_id))
+
+
+def change_status(store: Store, job_id: str, allowed: tuple[str, ...], status: str, message: str,
+                  **changes: Any) -> Document:  # fmt: skip
+    """Set the status if the job has one of the allowed ones (else the API's 400); the worker follows it."""
+    with store.transaction():
+        job = find_job(store, job_id)
+        if job["status"] not in allowed:
+            verb = {"cancelled": "cancel", "paused": "pause", "queued": "resume"}[status]
+            raise APIError(400, f"Cannot {verb} job {job_id}: its status is '{job['status']}'.", code="invalid_status")
+        add_event(store, job_id, message)
+        return store.update(JOB, job_id, status=status, **changes)
+
+
+@router.post("/{job_id}/cancel", response_model=Job)
+def cancel_job(request: Request, store: StoreOfRequest, job_id: str) -> Document:
+    job = change_status(store, job_id, UNFINISHED, "cancelled", "Fine-tuning job was cancelled by the user",
+                        finished_at=now(), estimated_finish=None)  # fmt: skip
+    request.app.state.worker.wake()
+    return public(job)
+
+
+@router.post("/{job_id}/pause", response_model=Job)
+def pause_job(request: Request, store: StoreOfRequest, job_id: str) -> Document:
+    job = change_status(store, job_id, ("queued", "running"), "paused", "Fine-tuning job was paused by the user",
+                        estimated_finish=None)  # fmt: skip
+    request.app.state.worker.wake()
+    return public(job)
+
+
+@router.post("/{job_id}/resume", response_model=Job)
+def resume_job(request: Request, store: StoreOfRequest, job_id: str) -> Document:
+    job = change_status(store, job_id, ("paused",), "queued", "Fine-tuning job was resumed by the user")
+    request.app.state.worker.wake()
+    return public(job)
+
+
+@router.get("/{job_id}/events", response_model=Page[FineTuningJobEvent])
+def list_events(store: StoreOfRequest, job_id: str, after: str | None = None, limit: PageSize = 20) -> Document:
+    find_job(store, job_id)
+    return page(*store.page(EVENT, after=after, limit=limit, where="parent_id = ?", parameters=(job_id,)))
+
+
+@router.get("/{job_id}/checkpoints", response_model=Page[FineTuningJobCheckpoint])
+def list_checkpoints(store: StoreOfRequest, job_id: str, after: str | None = None, limit: PageSize = 10) -> Document:
+    find_job(store, job_id)
+    return page(*store.page(CHECKPOINT, after=after, limit=limit, where="parent_id = ?", parameters=(job_id,)))

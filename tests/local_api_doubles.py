@@ -1,0 +1,199 @@
+"""Stand-ins for the two parts of local_api that need PyTorch, so that the rest is tested in seconds.
+
+`FakeEngine` answers like local_api.engine.Engine; TRAINER is a script that writes what local_api.train writes, step by
+step, and is told what to do by the training file's first message. tests/test_local_api_real.py runs the real ones.
+"""
+
+import itertools
+import json
+import sys
+import threading
+import time
+from contextlib import contextmanager
+from types import SimpleNamespace
+
+TRAINER = r'''
+import json, os, signal, sys, time
+from pathlib import Path
+
+directory = Path(sys.argv[-1])
+job = json.loads((directory / "job.json").read_text())
+first = json.loads(open(job["training_file"]).readline())["messages"][0]["content"]
+behaviour = first if first in ("slow", "crash", "fail", "no memory", "stubborn", "nan") else "normal"
+asked_to_stop = []
+signal.signal(signal.SIGTERM, lambda *_: behaviour == "stubborn" or asked_to_stop.append(1))
+n_epochs = job["hyperparameters"]["n_epochs"]
+n_epochs = 5 if n_epochs == "auto" else n_epochs
+steps, pause = n_epochs * 2, 0.15 if behaviour in ("slow", "stubborn") else 0.01
+events = open(directory / "events.jsonl", "a")
+
+def report(**line):
+    events.write(json.dumps({"created_at": int(time.time()), **line}) + "\n")
+    events.flush()
+
+def save_adapter(folder):
+    for missing in (folder.parent, folder):
+        missing.mkdir(exist_ok=True)
+    (folder / "adapter_model.safetensors").write_text(f"adapter of {job['id']} on {job['adapter']}")
+
+def write(path, text):
+    (directory / "unfinished").write_text(text)
+    os.replace(directory / "unfinished", path)
+
+def finish(outcome):
+    write(directory / "outcome.json", json.dumps(outcome))
+    sys.exit(0)
+
+if behaviour == "crash":
+    sys.exit("RuntimeError: the trainer fell over")
+if behaviour == "fail":
+    error = {"code": "invalid_training_file", "message": "Line 3: too long", "param": "training_file"}
+    finish({"status": "failed", "error": error})
+if behaviour == "no memory":
+    os.kill(os.getpid(), signal.SIGKILL)
+resume = directory / "resume"
+done = int(resume.read_text()) if resume.exists() else 0
+report(type="update", hyperparameters={"n_epochs": n_epochs, "batch_size": 2, "learning_rate_multiplier": 1.0})
+for step in range(done + 1, steps + 1):
+    time.sleep(pause)
+    loss = float("nan") if behaviour == "nan" else 1 / step
+    report(type="update", estimated_finish=int(time.time() + pause * (steps - step)))
+    report(level="info", type="metrics", message=f"Step {step}/{steps}: training loss={loss:.2f}",
+           data={"step": step, "total_steps": steps, "train_loss": loss, "train_mean_token_accuracy": 0.5})
+    if step % 2 == 0:
+        folder = directory / "checkpoints" / f"step-{step}"
+        save_adapter(folder)
+        write(folder / "metrics.json", json.dumps({
+            "step_number": step, "created_at": int(time.time()), "metrics": {"step": step, "train_loss": loss}}))
+        write(resume, str(step))
+    if asked_to_stop:
+        write(resume, str(step))
+        sys.exit(0)
+save_adapter(directory / "adapter")
+columns = "step,train_loss,train_accuracy,valid_loss,valid_mean_token_accuracy"
+(directory / "result.csv").write_text(columns + "\n1,1.0,0.5,,\n")
+finish({"status": "succeeded", "trained_tokens": 1234})
+'''
+
+ENDS = ("succeeded", "failed", "cancelled")
+
+
+class FakeEngine:
+    """Answers every question with "You said: " and the question, a word a piece.
+
+    A question "slow" is answered with words for ever, one each 20 ms, until it is cancelled or has max_tokens;
+    "too long" is refused, "broken" fails after two words.
+    """
+
+    def __init__(self):
+        self.requests, self.forgotten, self.closed = [], [], False
+        self.cancelled = threading.Event()
+
+    def submit(self, request):
+        from local_api.engine import EngineError
+
+        self.requests.append(request)
+        if request.messages[-1]["content"] == "too long":
+            raise EngineError("This model's maximum context length is 512 tokens.", "context_length_exceeded")
+        return FakeGeneration(self, request)
+
+    def forget(self, model_id):
+        self.forgotten.append(model_id)
+
+    def close(self):
+        self.closed = True
+
+
+class FakeGeneration:
+    def __init__(self, engine, request):
+        self.engine, self.request, self.stopped = engine, request, False
+        self.prompt_tokens, self.completion_tokens = sum(len(m["content"].split()) for m in request.messages), 0
+
+    def __iter__(self):
+        from local_api.engine import EngineError
+
+        question = self.request.messages[-1]["content"]
+        words = itertools.repeat("on") if question == "slow" else f"You said: {question}".split()
+        for number, word in enumerate(f"{word} " for word in words):
+            if self.stopped:
+                return
+            if question == "broken" and number == 2:
+                raise EngineError("The model broke.", "server_error")
+            if question == "slow":
+                time.sleep(0.02)
+            if number == (self.request.max_tokens or 1000):
+                yield SimpleNamespace(text="", logprobs=None, finish_reason="length")
+                return
+            self.completion_tokens += 1
+            yield SimpleNamespace(text=word, logprobs=self.logprobs(word), finish_reason=None)
+        yield SimpleNamespace(text="", logprobs=None, finish_reason="stop")
+
+    def logprobs(self, word):
+        if not self.request.logprobs:
+            return None
+        entry = {"token": word, "logprob": -0.5, "bytes": list(word.encode())}
+        return [{**entry, "top_logprobs": [entry] * self.request.top_logprobs}]
+
+    def cancel(self):
+        self.stopped = True
+        self.engine.cancelled.set()
+
+
+def training_file(first="hello", rows=12):
+    """Return the bytes of a training file; its first message tells TRAINER what to do."""
+    lines = []
+    for number in range(rows):
+        question = first if number == 0 else f"Question {number}: what is {number} and {number}?"
+        messages = [{"role": "user", "content": question}, {"role": "assistant", "content": f"It is {2 * number}."}]
+        lines.append(json.dumps({"messages": messages}))
+    return "\n".join(lines).encode()
+
+
+@contextmanager
+def running(data_dir, engine=None, **settings):
+    """Run the application with the doubles behind a real socket, in this process; yields (base URL, app)."""
+    import uvicorn
+
+    from local_api.app import Settings, create_app
+
+    base_model, trainer = data_dir.parent / "tiny-base", data_dir.parent / "fake_trainer.py"
+    base_model.mkdir(exist_ok=True)  # the doubles never look inside
+    trainer.write_text(TRAINER)
+    app = create_app(Settings(data_dir, base_models=[str(base_model)], **settings), engine=engine or FakeEngine(),
+                     trainer_command=[sys.executable, str(trainer)])  # fmt: skip
+    server = uvicorn.Server(uvicorn.Config(app, port=0, log_config=None, timeout_graceful_shutdown=2))
+    thread = threading.Thread(target=server.run)
+    thread.start()
+    try:
+        while not server.started:
+            assert thread.is_alive(), "the server did not start"
+            time.sleep(0.01)
+        yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}", app
+    finally:
+        server.should_exit = True
+        thread.join()
+
+
+def wait_for(job_id, client, *statuses, seconds=30):
+    """Poll a job until it has one of these statuses (by default, an end) and return it."""
+    deadline = time.monotonic() + seconds
+    while (job := client.fine_tuning.jobs.retrieve(job_id)).status not in (statuses or ENDS):
+        assert time.monotonic() < deadline, f"the job is still {job.status}"
+        assert job.status not in ENDS, f"the job {job.status}: {job.error}"
+        time.sleep(0.05)
+    return job
+
+
+def main():
+    """`python -m local_api` with the doubles in place of what needs PyTorch: for tests that kill processes."""
+    from functools import partial
+
+    import local_api.__main__ as server
+
+    server.TRAINER_COMMAND = [sys.executable, sys.argv.pop(1)]
+    server.create_app = partial(server.create_app, engine=FakeEngine())
+    return server.main()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,326 @@
+"""The model's side of the local API, on a tiny model: what is trained on, how training goes on, how answers are batched."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+from tiny_model import make_tiny_model, write_training_file
+
+from local_api import train
+from local_api.encoding import EncodingError, encode_example, encode_prompt
+from local_api.engine import Engine, EngineError, GenerationRequest
+
+CONVERSATION = [
+    {"role": "system", "content": "Be brief."},
+    {"role": "user", "content": "One?"},
+    {"role": "assistant", "content": "First answer.", "weight": 0},
+    {"role": "user", "content": "Two?"},
+    {"role": "assistant", "content": "Second answer."},
+]
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tiny_model):
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(tiny_model)
+
+
+def learnt(tokenizer, messages: list[dict]) -> str:
+    encoded = encode_example(tokenizer, {"messages": messages})
+    return tokenizer.decode([i for i, trained in zip(encoded.ids, encoded.trained, strict=True) if trained])
+
+
+# --- encoding ---
+
+
+def test_only_assistant_messages_with_weight_are_learnt(tokenizer):
+    assert learnt(tokenizer, CONVERSATION) == "Second answer.<|im_end|>"
+    both = [{k: v for k, v in message.items() if k != "weight"} for message in CONVERSATION]
+    assert learnt(tokenizer, both) == "First answer.<|im_end|>Second answer.<|im_end|>"
+
+
+def test_a_training_example_begins_with_the_very_tokens_of_the_prompt(tokenizer):
+    encoded = encode_example(tokenizer, {"messages": CONVERSATION})
+    prompt = encode_prompt(tokenizer, CONVERSATION[:4])
+    assert encoded.ids[: len(prompt)] == prompt
+    assert not any(encoded.trained[: len(prompt)]) and encoded.trained[len(prompt)]
+
+
+def test_text_parts_and_the_developer_role_read_as_plain_system_text(tokenizer):
+    parts = [{"role": "developer", "content": [{"type": "text", "text": "Be "}, {"type": "text", "text": "brief."}]}]
+    assert encode_prompt(tokenizer, parts) == encode_prompt(tokenizer, CONVERSATION[:1])
+
+
+def test_images_are_refused_by_a_text_model(tokenizer):
+    message = {"role": "user", "content": [{"type": "image_url", "image_url": {"url": "data:"}}]}
+    with pytest.raises(EncodingError, match="takes no images"):
+        encode_prompt(tokenizer, [message])
+
+
+def test_batched_losses_equal_those_of_each_example_alone(tiny_model, tokenizer):
+    from local_api import base_models
+
+    model, _ = base_models.load(tiny_model)
+    model = model.float()
+    short = encode_example(tokenizer, {"messages": CONVERSATION[:3]})
+    short = short._replace(trained=[i > 5 for i in range(len(short.ids))])
+    rows = [short, encode_example(tokenizer, {"messages": CONVERSATION})]
+    together, hits, count = train.losses(model, rows, 0)
+    alone = [train.losses(model, [row], 0) for row in rows]
+    assert count == sum(c for _, _, c in alone) and hits == sum(h for _, h, _ in alone)
+    assert together.item() == pytest.approx(sum(loss.item() for loss, _, _ in alone), rel=1e-4)
+
+
+# --- training ---
+
+
+def make_job(folder: Path, base: Path, **changes) -> Path:
+    folder.mkdir(parents=True)
+    job = {
+        "id": "ftjob-test",
+        "base_model": "tiny",
+        "model_dir": str(base),
+        "adapter": None,
+        "training_file": str(write_training_file(folder / "training.jsonl")),
+        "validation_file": None,
+        "hyperparameters": {"n_epochs": 3, "batch_size": 2, "learning_rate_multiplier": 3.0},
+        "seed": 7,
+    }
+    (folder / "job.json").write_text(json.dumps({**job, **changes}), encoding="utf-8")
+    return folder
+
+
+def events(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "events.jsonl").read_text("utf-8").splitlines()]
+
+
+def adapter_weights(folder: Path) -> dict:
+    from safetensors.torch import load_file
+
+    return load_file(folder / "adapter" / "adapter_model.safetensors")
+
+
+@pytest.fixture(scope="module")
+def trained(tiny_model, tmp_path_factory) -> Path:
+    """A job that ran undisturbed, with a validation file."""
+    folder = tmp_path_factory.mktemp("jobs")
+    validation = write_training_file(folder / "validation.jsonl", examples=5)
+    job_dir = make_job(folder / "job", tiny_model, validation_file=str(validation))
+    assert train.main([str(job_dir)]) == 0
+    return job_dir
+
+
+def test_a_job_learns_and_reports_every_step(trained):
+    metrics = [event["data"] for event in events(trained) if event.get("type") == "metrics"]
+    assert [row["step"] for row in metrics] == list(range(1, 19)) and metrics[-1]["total_steps"] == 18
+    assert metrics[-1]["train_loss"] < 0.8 * metrics[0]["train_loss"]
+    assert metrics[-1]["full_valid_loss"] < metrics[5]["full_valid_loss"]
+    outcome = json.loads((trained / "outcome.json").read_text("utf-8"))
+    assert outcome["status"] == "succeeded" and outcome["trained_tokens"] % 3 == 0
+    header, *rows = (trained / "result.csv").read_text("utf-8").splitlines()
+    assert header == "step,train_loss,train_accuracy,valid_loss,valid_mean_token_accuracy" and len(rows) == 18
+
+
+def test_each_epoch_leaves_a_checkpoint_that_plain_peft_loads(trained, tiny_model):
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    assert sorted(path.name for path in (trained / "checkpoints").iterdir()) == ["step-12", "step-18", "step-6"]
+    metrics = json.loads((trained / "checkpoints" / "step-12" / "metrics.json").read_text("utf-8"))
+    assert metrics["step_number"] == 12 and metrics["metrics"]["full_valid_loss"] > 0
+    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny_model), trained / "adapter")
+    config = model.peft_config["default"]
+    assert config.r <= 16 and config.bias == "none" and config.modules_to_save is None and not config.use_dora
+
+
+def test_the_same_seed_gives_the_same_adapter_and_another_seed_another(trained, tiny_model, tmp_path):
+    first = adapter_weights(trained)
+    again, other = make_job(tmp_path / "again", tiny_model), make_job(tmp_path / "other", tiny_model, seed=8)
+    assert train.main([str(again)]) == train.main([str(other)]) == 0
+    assert all((weights == adapter_weights(again)[name]).all() for name, weights in first.items())
+    assert any((weights != adapter_weights(other)[name]).any() for name, weights in first.items())
+
+
+@pytest.mark.skipif(os.name != "posix", reason="Windows has no SIGTERM that a process could answer")
+@pytest.mark.parametrize("fault", [signal.SIGTERM, signal.SIGKILL])
+def test_an_interrupted_job_goes_on_to_the_same_adapter(fault, trained, tiny_model, tmp_path):
+    job_dir = make_job(tmp_path / "job", tiny_model)
+    process = subprocess.Popen([sys.executable, "-m", "local_api.train", str(job_dir)], cwd=ROOT)
+    deadline = time.monotonic() + 60
+    while not (job_dir / "checkpoints" / "step-6").exists() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    process.send_signal(fault)
+    process.wait(30)
+    assert not (job_dir / "outcome.json").exists(), "the job was over before it could be interrupted"
+    assert train.main([str(job_dir)]) == 0
+    assert all((w == adapter_weights(job_dir)[name]).all() for name, w in adapter_weights(trained).items())
+    steps = [event["data"]["step"] for event in events(job_dir) if event.get("type") == "metrics"]
+    assert steps == list(range(1, 19)), "every step is reported once"
+
+
+def test_training_goes_on_from_an_earlier_adapter(trained, tiny_model, tmp_path):
+    job_dir = make_job(tmp_path / "job", tiny_model, adapter=str(trained / "adapter"))
+    assert train.main([str(job_dir)]) == 0
+    first = next(event["data"] for event in events(job_dir) if event.get("type") == "metrics")
+    last = [event["data"] for event in events(trained) if event.get("type") == "metrics"][-1]
+    assert first["train_loss"] < 1.2 * last["train_loss"]
+
+
+@pytest.mark.parametrize(
+    ("line", "sentence"),
+    [
+        ('{"messages": [{"role": "user"', "Line 1"),
+        (json.dumps({"messages": CONVERSATION[:2]}), "No line of the file holds an assistant message"),
+    ],
+)
+def test_data_that_cannot_be_trained_on_fails_the_job_in_a_sentence(line, sentence, tiny_model, tmp_path):
+    job_dir = make_job(tmp_path / "job", tiny_model)
+    (job_dir / "training.jsonl").write_text(line + "\n", encoding="utf-8")
+    assert train.main([str(job_dir)]) == 1
+    error = json.loads((job_dir / "outcome.json").read_text("utf-8"))["error"]
+    assert error["code"] == "invalid_training_file" and sentence in error["message"]
+
+
+def test_a_large_batch_is_computed_in_parts_with_the_same_result(tiny_model, tmp_path, monkeypatch):
+    whole = make_job(tmp_path / "whole", tiny_model, hyperparameters={"n_epochs": 1, "batch_size": 6})
+    parted = make_job(tmp_path / "parted", tiny_model, hyperparameters={"n_epochs": 1, "batch_size": 6})
+    assert train.main([str(whole)]) == 0
+    monkeypatch.setattr(train, "TOKENS_AT_ONCE", 100)
+    assert train.main([str(parted)]) == 0
+    for one, other in zip(events(whole), events(parted), strict=True):
+        if one.get("type") == "metrics":
+            assert one["data"]["train_loss"] == pytest.approx(other["data"]["train_loss"], rel=0.02)
+
+
+# --- answering ---
+
+
+@pytest.fixture(scope="module")
+def engine(tiny_model, trained):
+    # float32 here, so that an answer is the same whichever requests it shares a step with.
+    models = {"tiny": (tiny_model, None), "ft:tiny": (tiny_model, trained / "adapter")}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("local_api.base_models.best_dtype", lambda device: __import__("torch").float32)
+        engine = Engine(models.__getitem__)
+        yield engine
+        engine.close()
+
+
+def request(question: str = "Is it?", **changes) -> GenerationRequest:
+    settings = {"model": "tiny", "max_tokens": 24, "temperature": 0.0, **changes}
+    return GenerationRequest(messages=[{"role": "user", "content": question}], **settings)
+
+
+def text(generation) -> str:
+    return "".join(piece.text for piece in generation)
+
+
+def test_answers_given_together_equal_those_given_alone(engine):
+    questions = [f"Question {i} " + "of many words " * i for i in range(12)]
+    alone = [text(engine.submit(request(question))) for question in questions]
+    together = [
+        engine.submit(request(question, model=model)) for question in questions for model in ("tiny", "ft:tiny")
+    ]
+    answers = [text(generation) for generation in together]
+    assert answers[::2] == alone
+    assert len(set(answers)) > len(set(alone)), "the fine-tuned model answers otherwise than its base model"
+
+
+def test_a_fine_tuned_model_says_what_it_was_taught(engine):
+    assert "of course" in text(engine.submit(request("Is question 3 a good question?", model="ft:tiny")))
+
+
+def test_the_pieces_of_a_stream_end_with_a_reason_and_usage_is_counted(engine):
+    generation = engine.submit(request(max_tokens=5))
+    pieces = list(generation)
+    assert [piece.finish_reason for piece in pieces[:-1]] == [None] * (len(pieces) - 1)
+    assert pieces[-1].finish_reason == "length" and generation.completion_tokens == 5 and generation.prompt_tokens > 5
+
+
+def test_a_stop_sequence_never_shows_not_even_in_part(engine):
+    whole = text(engine.submit(request(max_tokens=40)))
+    stop = whole[len(whole) // 2 :][:4]
+    pieces = list(engine.submit(request(max_tokens=40, stop=[stop])))
+    assert "".join(piece.text for piece in pieces) == whole[: whole.index(stop)]
+    assert pieces[-1].finish_reason == "stop"
+
+
+def test_a_seed_makes_sampling_repeatable(engine):
+    def sample(seed):
+        return text(engine.submit(request(temperature=1.0, top_p=0.9, seed=seed)))
+
+    assert sample(1) == sample(1) != sample(2)
+
+
+def test_logprobs_name_each_token_and_its_rivals(engine):
+    generation = engine.submit(request(logprobs=True, top_logprobs=3, max_tokens=4))
+    entries = [entry for piece in generation for entry in piece.logprobs or []]
+    assert len(entries) == 4
+    for entry in entries:
+        assert entry["logprob"] == max(rival["logprob"] for rival in entry["top_logprobs"]) <= 0
+        assert len(entry["top_logprobs"]) == 3
+
+
+def test_half_a_character_is_held_back(engine):
+    # A random model emits stray bytes all the time: no piece but the last may end in a replacement character.
+    for question in ("a", "b", "c"):
+        pieces = list(engine.submit(request(question, temperature=1.5, seed=3, max_tokens=60)))
+        assert not any(piece.text.endswith("�") for piece in pieces[:-1])
+
+
+def test_a_cancelled_answer_frees_its_place(engine):
+    generation = engine.submit(request(max_tokens=900))
+    next(iter(generation))
+    generation.cancel()
+    deadline = time.monotonic() + 10
+    while engine.load() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert engine.load() == 0 and generation.completion_tokens < 900
+
+
+def test_a_prompt_longer_than_the_context_is_an_error_not_a_crash(engine):
+    with pytest.raises(EngineError, match="maximum context length is 1024") as error:
+        text(engine.submit(request("word " * 2000)))
+    assert error.value.code == "context_length_exceeded"
+    assert text(engine.submit(request())), "the engine goes on"
+
+
+def test_a_corrupt_adapter_is_an_error_not_a_crash(tiny_model, tmp_path):
+    (tmp_path / "adapter_config.json").write_text("{", encoding="utf-8")
+    engine = Engine({"broken": (tiny_model, tmp_path), "tiny": (tiny_model, None)}.__getitem__)
+    with pytest.raises(EngineError, match="cannot be loaded"):
+        text(engine.submit(request(model="broken")))
+    assert text(engine.submit(request()))
+    engine.close()
+
+
+def test_an_unknown_model_is_a_key_error(engine):
+    with pytest.raises(KeyError):
+        engine.submit(request(model="nobody"))
+
+
+def test_models_beyond_the_limit_are_dropped_and_loaded_again(tiny_model, monkeypatch):
+    monkeypatch.setattr("local_api.engine.MAX_MODELS", 2)
+    engine = Engine({name: (tiny_model, None) for name in "abc"}.__getitem__)
+    answers = {text(engine.submit(request(model=name))) for name in "abcabc"}
+    assert len(answers) == 1 and len(engine.batches) == 2
+    engine.close()
+
+
+def test_any_causal_chat_model_can_be_a_base(tmp_path):
+    """Another size and another context than the default's: nothing rests on SmolLM2's shape."""
+    other = make_tiny_model(tmp_path / "other", context=256, hidden=32, layers=1)
+    job_dir = make_job(tmp_path / "job", other)
+    assert train.main([str(job_dir)]) == 0
+    engine = Engine({"ft": (other, job_dir / "adapter")}.__getitem__)
+    assert text(engine.submit(request(model="ft")))
+    engine.close()

@@ -1,0 +1,239 @@
+"""The server as a process: how it starts, refuses to start, stops, and what is left after kill -9.
+
+The engine and the trainer are the doubles of local_api_doubles.py; processes, signals, files and the database are real.
+"""
+
+import os
+import random
+import signal
+import socket
+import sqlite3
+import subprocess
+import sys
+import threading
+import time
+from contextlib import contextmanager
+from pathlib import Path
+
+import httpx2
+import openai
+import psutil
+import pytest
+from local_api_doubles import TRAINER, training_file, wait_for
+
+ROOT = Path(__file__).resolve().parent.parent
+pytestmark = pytest.mark.skipif(os.name == "nt", reason="POSIX signals; the server's Windows side has no test double")
+
+
+class Process:
+    """A server process on a data directory; `kill` is kill -9."""
+
+    def __init__(self, folder, *arguments, **environment):
+        (folder / "base").mkdir(exist_ok=True)
+        (folder / "trainer.py").write_text(TRAINER)
+        self.folder, self.errors = folder, open(folder / "server.log", "ab")  # noqa: SIM115 - closed with the process
+        self.process = subprocess.Popen(
+            [sys.executable, Path(__file__).with_name("local_api_doubles.py"), folder / "trainer.py", "--port", "0",
+             "--data-dir", folder / "data", "--base-model", folder / "base", *arguments],
+            cwd=folder, stdout=subprocess.PIPE, stderr=self.errors, text=True,
+            env={**os.environ, "PYTHONPATH": str(ROOT), **environment})  # fmt: skip
+        line = self.process.stdout.readline()
+        assert line.startswith("Local API ready: http://127.0.0.1:"), (folder / "server.log").read_text()
+        self.url = line.split()[-1]
+        self.client = openai.OpenAI(base_url=self.url, api_key="any", max_retries=0)
+
+    def create_job(self, first="slow"):
+        file = self.client.files.create(file=("data.jsonl", training_file(first)), purpose="fine-tune")
+        return self.client.fine_tuning.jobs.create(model="base", training_file=file.id)
+
+    def steps(self, job):
+        events = self.client.fine_tuning.jobs.list_events(job.id, limit=100)
+        return [event.data["step"] for event in events if event.type == "metrics"][::-1]
+
+    def wait_for_step(self, job, step):
+        deadline = time.monotonic() + 20
+        while max(self.steps(job), default=0) < step:
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+
+    def trainers(self):
+        return [process for process in psutil.process_iter(["cmdline"])
+                if str(self.folder / "trainer.py") in (process.info["cmdline"] or [])
+                and process.pid != self.process.pid]  # fmt: skip
+
+    def stop(self, how=signal.SIGTERM):
+        self.process.send_signal(how)
+        return self.wait()
+
+    def wait(self):
+        try:
+            return self.process.wait(15)
+        finally:
+            self.process.kill()
+            self.process.stdout.close()
+            self.errors.close()
+
+
+@contextmanager
+def server(folder, *arguments, **environment):
+    process = Process(folder, *arguments, **environment)
+    try:
+        yield process
+    finally:
+        if process.process.poll() is None:
+            process.stop()
+        for trainer in process.trainers():
+            trainer.kill()
+
+
+def refused(folder, *arguments, **environment):
+    """Start a server that must refuse to start; return its sentence."""
+    result = subprocess.run(
+        [sys.executable, "-m", "local_api", "--data-dir", folder / "data", "--base-model", folder, *arguments],
+        cwd=ROOT, capture_output=True, text=True, timeout=30, env={**os.environ, **environment})  # fmt: skip
+    assert result.returncode == 2 and result.stdout == "" and "Traceback" not in result.stderr
+    assert len(result.stderr.splitlines()) == 1
+    return result.stderr
+
+
+def test_it_says_when_it_is_ready_and_keeps_its_state(tmp_path):
+    with server(tmp_path) as first:
+        file = first.client.files.create(file=("data.jsonl", training_file()), purpose="fine-tune")
+        job = wait_for(first.create_job("hello").id, first.client)
+        assert httpx2.get(first.url.replace("/v1", "/healthz")).json() == {"status": "ok"}
+        assert (tmp_path / "data" / "cache" / "tiktoken" / "fb374d419588a4632f3f557e76b4b70aebbca790").exists()
+    assert first.process.returncode == 0
+    with server(tmp_path) as second:
+        assert second.client.files.retrieve(file.id) == file
+        assert second.client.fine_tuning.jobs.retrieve(job.id) == job
+        assert job.fine_tuned_model in [model.id for model in second.client.models.list()]
+
+
+def test_a_second_server_on_the_same_data_refuses(tmp_path):
+    with server(tmp_path):
+        assert "Another server is running" in refused(tmp_path, "--port", "0")
+
+
+def test_a_port_in_use_is_said(tmp_path):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        assert "is in use" in refused(tmp_path, "--port", str(taken.getsockname()[1]))
+
+
+def test_other_addresses_need_a_key(tmp_path):
+    assert "LOCAL_API_KEY" in refused(tmp_path, "--host", "0.0.0.0", LOCAL_API_KEY="")
+
+
+def test_an_address_of_another_machine_is_said(tmp_path):
+    assert "192.0.2.1" in refused(tmp_path, "--host", "192.0.2.1", LOCAL_API_KEY="k")
+
+
+@pytest.mark.parametrize("how", ["SIGTERM", "SIGINT", "SIGHUP"])
+def test_asked_to_stop_it_finishes_answers_and_lets_the_trainer_save(tmp_path, how):
+    with server(tmp_path) as first:
+        job = first.create_job()
+        first.wait_for_step(job, 3)
+        answer = []
+        question = {"role": "user", "content": "slow"}
+        thread = threading.Thread(target=lambda: answer.append(first.client.chat.completions.create(
+            model="base", messages=[question], max_tokens=60)))  # fmt: skip
+        thread.start()
+        time.sleep(0.3)
+        started = time.monotonic()
+        assert first.stop(getattr(signal, how)) == 0 and time.monotonic() - started < 10
+        thread.join()
+        assert answer[0].usage.completion_tokens == 60 and not first.trainers()
+    with server(tmp_path) as second:
+        assert wait_for(job.id, second.client).status == "succeeded"
+        assert second.steps(job) == list(range(1, 11)), "no step was lost and none was repeated"
+
+
+def test_a_trainer_that_does_not_stop_is_killed_in_time(tmp_path):
+    with server(tmp_path) as process:
+        job = process.create_job("stubborn")
+        process.wait_for_step(job, 1)
+        started = time.monotonic()
+        assert process.stop() == 0 and time.monotonic() - started < 10.5 and not process.trainers()
+
+
+@pytest.mark.parametrize("victims", ["server", "trainer", "both"])
+def test_kill_9_loses_no_work(tmp_path, victims):
+    with server(tmp_path) as first:
+        job, waiting = first.create_job(), first.create_job("hello")
+        first.wait_for_step(job, 3)
+        trainer = first.trainers()[0]
+        if victims != "trainer":
+            first.process.kill()
+        if victims != "server":
+            trainer.kill()
+        if victims == "trainer":
+            assert wait_for(job.id, first.client).status == "succeeded"
+            assert any("killed" in event.message for event in first.client.fine_tuning.jobs.list_events(job.id))
+        first.process.kill()
+    with server(tmp_path) as second:
+        for one in (job, waiting):
+            assert wait_for(one.id, second.client).status == "succeeded"
+        assert sorted(set(second.steps(job))) == list(range(1, 11))
+        assert len(second.steps(job)) <= 12, "at most one epoch, here two steps, was repeated"
+
+
+def test_an_orphaned_trainer_is_ended_by_the_next_server(tmp_path):
+    with server(tmp_path) as first:
+        job = first.create_job()
+        first.wait_for_step(job, 2)
+        orphan = first.trainers()[0]
+        first.process.kill()
+        assert orphan.is_running()
+        first.client.close()
+        with server(tmp_path) as second:
+            assert not orphan.is_running() or orphan.status() == psutil.STATUS_ZOMBIE
+            assert len(second.trainers()) <= 1
+            second.client.fine_tuning.jobs.cancel(job.id)
+
+
+def test_a_cancelled_job_stays_cancelled_after_kill_9(tmp_path):
+    with server(tmp_path) as first:
+        job = first.create_job("stubborn")
+        first.wait_for_step(job, 1)
+        first.client.fine_tuning.jobs.cancel(job.id)
+        first.process.kill()
+    with server(tmp_path) as second:
+        assert second.client.fine_tuning.jobs.retrieve(job.id).status == "cancelled"
+        assert not [one for one in second.trainers() if one.status() != psutil.STATUS_ZOMBIE]
+
+
+def accept_until_killed(process, accepted):
+    """Upload files and create jobs until the server is gone; `accepted` gets all that it has acknowledged."""
+    try:
+        while True:
+            file = process.client.files.create(file=("data.jsonl", training_file()), purpose="fine-tune")
+            accepted.append(file)
+            accepted.append(process.client.fine_tuning.jobs.create(model="base", training_file=file.id))
+    except openai.APIError:
+        pass
+
+
+@pytest.mark.parametrize("seed", [0, *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(1, 25))])
+def test_what_was_accepted_is_there_after_kill_9_at_any_moment(tmp_path, seed):
+    chance, accepted = random.Random(seed), []
+    for _ in range(3):
+        with server(tmp_path) as process:
+            thread = threading.Thread(target=accept_until_killed, args=(process, accepted))
+            thread.start()
+            time.sleep(chance.uniform(0.05, 0.6))
+            process.process.kill()
+            for trainer in process.trainers() if chance.random() < 0.5 else []:
+                trainer.kill()
+            thread.join()
+    with server(tmp_path) as process:
+        for one in accepted:
+            if one.object == "file":
+                assert process.client.files.content(one.id).content == training_file()
+            else:
+                assert process.client.fine_tuning.jobs.retrieve(one.id).error is None
+        jobs = [one for one in accepted if one.object == "fine_tuning.job"]
+        for job in jobs[:2]:
+            assert wait_for(job.id, process.client, seconds=60).status == "succeeded"
+    on_disk = {path.name for path in (tmp_path / "data" / "files").iterdir()}
+    with sqlite3.connect(tmp_path / "data" / "state.sqlite3") as database:
+        listed = {row[0] for row in database.execute("SELECT id FROM objects WHERE kind = 'file'")}
+    assert listed == on_disk, "no file is listed without its bytes, and none lies there unlisted"
