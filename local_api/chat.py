@@ -168,7 +168,7 @@ async def create_chat_completion(request: Request, chat: ChatRequest) -> Any:
         first = await anext(pieces)  # what fails before the first word is still answered with an HTTP status
     except Exception as error:
         answer.close()
-        return error_response(as_api_error(error))
+        return error_response(as_api_error(error, "messages"))
     stream = events(request, chat, answer, head, first, pieces)
     return StreamingResponse(stream, media_type="text/event-stream")
 
@@ -216,7 +216,7 @@ async def events(request: Request, chat: ChatRequest, answer: Answer, head: Docu
         if with_usage:
             yield event([], answer.usage())
     except Exception as error:
-        refusal = as_api_error(error)
+        refusal = as_api_error(error, "messages")
         yield f"data: {json.dumps(error_body(refusal.status_code, refusal.detail, refusal.param, refusal.code))}\n\n"
     finally:
         answer.close()

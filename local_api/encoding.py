@@ -22,7 +22,7 @@ class Encoded(NamedTuple):
 
 def encode_prompt(tokenizer: Any, messages: list[dict], tools: list[dict] | None = None) -> list[int]:
     """Return the token ids of a conversation up to the place where the assistant's answer begins."""
-    return encode_text(tokenizer, render(tokenizer, plain(messages), tools, answer_follows=True))
+    return encode_text(tokenizer, render(tokenizer, plain(tokenizer, messages), tools, answer_follows=True))
 
 
 def encode_example(tokenizer: Any, example: dict) -> Encoded:
@@ -30,7 +30,7 @@ def encode_example(tokenizer: Any, example: dict) -> Encoded:
 
     Trained on: the content of every assistant message, with the token that ends its turn, unless its `weight` is 0.
     """
-    messages, tools = plain(example["messages"]), example.get("tools")
+    messages, tools = plain(tokenizer, example["messages"]), example.get("tools")
     ends = end_of_turn_ids(tokenizer)
     ids: list[int] = []
     trained: list[bool] = []
@@ -80,8 +80,9 @@ def encode_text(tokenizer: Any, text: str) -> list[int]:
     return tokenizer(text, add_special_tokens=False).input_ids
 
 
-def plain(messages: list[dict]) -> list[dict]:
+def plain(tokenizer: Any, messages: list[dict]) -> list[dict]:
     """Return the messages as chat templates expect them: text content, parsed call arguments, no `weight`."""
+    control_tokens = [token for token in tokenizer.get_added_vocab() if len(token) > 1]
     result = []
     for message in messages:
         message = {key: value for key, value in message.items() if key != "weight" and value is not None}
@@ -91,11 +92,18 @@ def plain(messages: list[dict]) -> list[dict]:
             if any(part.get("type") != "text" for part in message["content"]):
                 raise EncodingError("this is a text model: it takes no images or audio")
             message["content"] = "".join(part["text"] for part in message["content"])
-        message.setdefault("content", "")
+        message["content"] = as_data(message.get("content", ""), control_tokens)
         if "tool_calls" in message:
             message["tool_calls"] = [parsed_call(call) for call in message["tool_calls"]]
         result.append(message)
     return result
+
+
+def as_data(text: str, control_tokens: list[str]) -> str:
+    """Break control tokens that a text spells out, with an invisible space: a message must not end its own turn."""
+    for token in control_tokens:
+        text = text.replace(token, f"{token[0]}\u200b{token[1:]}")
+    return text
 
 
 def parsed_call(call: dict) -> dict:

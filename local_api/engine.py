@@ -14,6 +14,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -64,8 +65,9 @@ class Generation:
     pieces: queue.SimpleQueue = field(default_factory=queue.SimpleQueue, repr=False)
 
     def cancel(self) -> None:
-        """Stop writing this answer: nobody reads it any more."""
+        """Stop writing this answer; whoever still reads it gets its end."""
         self.cancelled = True
+        self.pieces.put(Piece("", None, "stop"))
 
     def __iter__(self) -> Iterator[Piece]:
         while True:
@@ -132,9 +134,9 @@ class Engine:
                     break
                 admitted = self.admit()
             for model_id, generations in admitted.items():
-                self.attempt(model_id, lambda batch, new=generations: batch.add(new), generations)
+                self.attempt(model_id, partial(Batch.add, generations=generations), generations)
             for model_id in list(self.batches):
-                self.attempt(model_id, lambda batch: batch.step(), [])
+                self.attempt(model_id, Batch.step, [])
         self.abandon(self.waiting + [row.generation for batch in self.batches.values() for row in batch.rows])
 
     def admit(self) -> dict[str, list[Generation]]:

@@ -174,7 +174,7 @@ async def create_response(request: Request, asked: ResponseRequest) -> Any:
             progress.add(piece)
     except Exception as error:
         answer.close()
-        return error_response(as_api_error(error))
+        return error_response(as_api_error(error, "input"))
     answer.close()
     request.state.usage = answer.usage()
     return JSONResponse(progress.document())
@@ -208,7 +208,7 @@ async def events(request: Request, progress: Progress, first: Any,
         yield event("response.output_item.done", output_index=0, item=progress.item([progress.part()]))
         yield event(f"response.{progress.status}", response=progress.document())
     except Exception as error:
-        refusal = as_api_error(error)
+        refusal = as_api_error(error, "input")
         yield event("error", code=refusal.code, message=refusal.detail, param=refusal.param)
     finally:
         progress.answer.close()

@@ -35,7 +35,7 @@ from .encoding import Encoded, EncodingError, encode_example
 
 BASE_LEARNING_RATE = 1e-3  # high for LoRA, right for a small model and few examples; learning_rate_multiplier scales it
 # Rank 16 is the most that vLLM takes by default.
-LORA = {"r": 16, "lora_alpha": 32, "lora_dropout": 0.0, "bias": "none", "target_modules": "all-linear"}
+LORA: dict[str, Any] = {"r": 16, "lora_alpha": 32, "lora_dropout": 0.0, "bias": "none", "target_modules": "all-linear"}
 AUTO_BATCH_SIZE = 2  # few examples and short answers: many small steps learn more than few large ones
 AUTO_LEARNING_RATE_MULTIPLIER = 1.0
 WARMUP_SHARE = 0.06  # of all steps; then the rate falls linearly to zero
@@ -52,7 +52,7 @@ class JobFailed(Exception):
 
     def __init__(self, code: str, message: str, param: str | None = None):
         super().__init__(message)
-        self.error = {"code": code, "message": message, "param": param}
+        self.error: dict[str, Any] = {"code": code, "message": message, "param": param}
 
 
 class Row(NamedTuple):
@@ -440,8 +440,12 @@ def main(argv: list[str] | None = None) -> int:
         print("Usage: python -m local_api.train JOB_DIR   (a directory that holds job.json)", file=sys.stderr)
         return 2
     base_models.share_processor()
+    if hasattr(os, "nice"):
+        os.nice(5)  # answers go before training
     job_dir, stop = Path(arguments[0]), {"asked": False}
-    signal.signal(signal.SIGTERM, lambda *_: stop.update(asked=True))
+    for name in ("SIGTERM", "SIGBREAK"):  # the second is how Windows asks
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), lambda *_: stop.update(asked=True))
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C in the server's terminal reaches us too; the server decides
     try:
         outcome = train(job_dir, stop)

@@ -45,6 +45,9 @@ class CompletedUpload(Upload):
 
 @router.post("", response_model=CompletedUpload)
 def create_upload(store: StoreOfRequest, asked: UploadRequest) -> Document:
+    for old in store.find(UPLOAD, "json_extract(document, '$.expires_at') <= ?", (now(),)):
+        if old["status"] == "pending":
+            end_upload(store, old["id"], status="expired")
     lifetime = asked.expires_after.seconds if asked.expires_after else None
     return public(store.add({
         "id": new_id("upload_"),
@@ -86,7 +89,7 @@ def end_upload(store: Store, upload_id: str, **changes: object) -> Document:
 @router.post("/{upload_id}/parts", response_model=UploadPart)
 def add_part(store: StoreOfRequest, upload_id: str, data: UploadFile) -> Document:
     pending_upload(store, upload_id)
-    part = {"id": new_id("part_"), "object": PART, "created_at": now(), "upload_id": upload_id}
+    part: Document = {"id": new_id("part_"), "object": PART, "created_at": now(), "upload_id": upload_id}
     with store.writing(store.file_path(part["id"])) as copy:
         shutil.copyfileobj(data.file, copy, 2**20)
         if copy.tell() > MAX_PART_BYTES:

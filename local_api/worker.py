@@ -123,11 +123,13 @@ class Worker:
             weights = self.models.weights(job["_base"])
         except ModelUnavailable as error:
             return self._fail(job["id"], {"code": "model_not_available", "message": str(error), "param": "model"})
+        started_before = (directory / "job.json").exists()
+        if started_before:  # what its trainer reported while no server was there comes first
+            self._read_events(job["id"], directory)
         with self.store.transaction():
             status = self._status(job["id"])
             if status not in ("queued", "running"):
                 return  # cancelled or paused meanwhile
-            started_before = (directory / "job.json").exists()
             add_event(self.store, job["id"], "Fine-tuning job goes on from its last checkpoint" if started_before
                       else "Fine-tuning job started")  # fmt: skip
             job = self.store.update(JOB, job["id"], status="running")
