@@ -30,7 +30,7 @@ import re
 import shutil
 import sys
 import time
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -75,7 +75,15 @@ class StepError(Exception):
 
 
 def server_settings():
-    """Return (API key, base URL) of the server that the environment or .env names (StepError if none is named)."""
+    """Return (API key, base URL) of the server that the environment or .env names (StepError if of no use)."""
+    from importlib.util import find_spec
+
+    for package, module in (("openai", "openai"), ("python-dotenv", "dotenv")):
+        if not find_spec(module):
+            raise StepError(
+                f"{package} is not installed here: activate the virtual environment (source .venv/bin/activate) "
+                "or run python -m pip install -r requirements.txt"
+            )
     from dotenv import load_dotenv
 
     load_dotenv()
@@ -87,22 +95,50 @@ def server_settings():
         )
     # A stray line end in the key would come back in the error text of the HTTP library, key and all.
     # An empty OPENAI_BASE_URL would reach the SDK as an empty address, so the default is spelled out.
-    return (api_key or "").strip() or "not-needed", base_url or "https://api.openai.com/v1"
+    api_key, base_url = (api_key or "").strip() or "not-needed", base_url or "https://api.openai.com/v1"
+    if not (api_key.isascii() and api_key.isprintable()):
+        raise StepError("OPENAI_API_KEY holds a character that no key has, such as a typographic dash: paste it again.")
+    try:
+        usable = urlsplit(base_url).scheme in ("http", "https") and urlsplit(base_url).hostname
+    except ValueError:  # a bracket or a port that is none
+        usable = False
+    if not usable:
+        raise StepError(
+            f"OPENAI_BASE_URL is {base_url!r}, which is no address: begin it with http:// or https://, "
+            "as in http://127.0.0.1:8321/v1"
+        )
+    return api_key, base_url
+
+
+def same_server(one: str | None, other: str | None) -> bool:
+    """Tell whether two base URLs name one server: localhost is 127.0.0.1, and a slash at the end is nothing."""
+
+    def plain(base_url):
+        address = urlsplit((base_url or "").rstrip("/"))
+        local = address.hostname in ("localhost", "127.0.0.1", "::1")
+        return address.scheme, "localhost" if local else address.hostname, address.port, address.path
+
+    return plain(one) == plain(other)
 
 
 def connect(timeout: float = 600):
     """Return the client for that server; `timeout`: seconds without an answer before a request counts as lost."""
+    api_key, base_url = server_settings()
     import openai  # imported here: it takes half a second that --help should not cost
 
     def refuse_web_page(response):  # what a proxy or a wrong address answers; the SDK would hand it on as a bare string
         if response.is_success and "html" in response.headers.get("content-type", ""):
             raise openai.APIError("a web page", response.request, body=None)
 
-    api_key, base_url = server_settings()
     address = urlsplit(base_url)
     if address.scheme == "http" and address.hostname not in ("localhost", "127.0.0.1", "::1"):
         print(f"warning: plain http to {address.hostname}: your key can be read on the way.", file=sys.stderr)
-    timeout = float(os.environ.get("FINE_TUNE_TIMEOUT") or timeout)
+    try:
+        timeout = float(os.environ.get("FINE_TUNE_TIMEOUT") or timeout)
+        if not 0 < timeout < 1e6:
+            raise ValueError
+    except ValueError:
+        raise StepError("FINE_TUNE_TIMEOUT must be a number of seconds, such as 60.") from None
     http_client = openai.DefaultHttpxClient(event_hooks={"response": [refuse_web_page]})
     return openai.OpenAI(api_key=api_key, base_url=base_url, timeout=timeout, http_client=http_client)
 
@@ -121,7 +157,8 @@ def server_errors_explained(client):
     server = str(client.base_url)
 
     def clean(text) -> str:  # one line, and no key in it even where the server repeats it
-        return " ".join(str(text).split()).replace(client.api_key, "[key]").rstrip(".")
+        text = " ".join(str(text).split()).rstrip(".")
+        return text if len(client.api_key) < 16 else text.replace(client.api_key, "[key]")  # "local" is no secret
 
     try:
         yield
@@ -146,12 +183,27 @@ def server_errors_explained(client):
             413: "the file is larger than this server accepts; split it or shorten it",
             429: "too many requests; wait a little and run the same command again",
         }.get(code, otherwise)
+        if code == 404 and not server.rstrip("/").endswith("/v1"):
+            sentence += ", which ends in /v1 on most servers"
         if code == 429 and out_of_credit(error):
             sentence = "no credit is left or a spending limit is reached, and waiting does not help; see your plan"
         sentence = f"{server} answered {code}: {sentence}. It said: {clean(said or error.message)}."
         raise StepError(sentence, 4 if code == 429 or code >= 500 else 2) from None
     except (openai.APIError, json.JSONDecodeError) as error:  # an error event in a stream, a body that is not JSON
         raise StepError(f"{server} sent an answer that cannot be read: {clean(error)}.", 4) from None
+
+
+def deleted(client, model: str | None) -> bool:
+    """Tell whether a fine-tuned model is gone: the server lists its models, and this one is not among them."""
+    import openai
+
+    if not (model or "").startswith("ft:"):  # servers with other names list a model only once it is deployed
+        return False
+    try:
+        names = {listed.id for listed in client.models.list()}
+    except (openai.APIError, json.JSONDecodeError):
+        return False  # this answers no question of the reader's, so it may stay open
+    return bool(names) and model not in names
 
 
 def read_job_record(path: str = "fine_tune_job.json") -> dict:
@@ -164,7 +216,7 @@ def read_job_record(path: str = "fine_tune_job.json") -> dict:
         return record
     except FileNotFoundError:
         return {}
-    except ValueError:
+    except (OSError, ValueError):
         raise StepError(f"{path} is not readable JSON; move it away, or name the job or model yourself.") from None
 
 
@@ -226,8 +278,8 @@ def recorded_job(client) -> str:
         begun = "fine_tune.py has not finished here" if record else "There is no job yet"
         raise StepError(f"{begun}: run python fine_tune.py, name a job id, or see all jobs with --list.")
     here = str(client.base_url).rstrip("/")
-    there = record.get("base_url", here).rstrip("/")
-    if here != there:
+    there = record.get("base_url", here)
+    if not same_server(here, there):
         raise StepError(
             f"The recorded job {record['job_id']} is on {there}, but OPENAI_BASE_URL is {here}: "
             "set it back, or name a job id."
@@ -266,8 +318,11 @@ def new_events(client, job_id: str, old: list) -> list:
             page = page.get_next_page()
     except openai.NotFoundError:
         return []  # this server has no events
-    oldest_first = fresh and (fresh[0].created_at or 0) < (fresh[-1].created_at or 0)
-    return fresh if oldest_first else fresh[::-1]
+    # The API lists the newest first. Not every server does, and times in seconds leave the order of quick steps open.
+    fresh.reverse()
+    fresh.sort(key=lambda event: event.created_at or 0)
+    steps = iter(sorted(filter(metrics_of, fresh), key=lambda event: metrics_of(event)["step"]))
+    return [next(steps) if metrics_of(event) else event for event in fresh]
 
 
 def metrics_of(event) -> dict:
@@ -431,7 +486,7 @@ def follow(
         if left <= 0:
             raise StepError(
                 f"Job {job_id} has not ended after {duration(timeout or 0)}; it goes on at the server. "
-                "Follow it again with: python check_fine_tune_status.py --wait",
+                f"Follow it again with: python check_fine_tune_status.py {job_id} --wait",
                 3,
             )
         pause = min(pause * 1.3, LONGEST_PAUSE)
@@ -489,8 +544,8 @@ def printers(stream) -> tuple:
 # Showing a job
 
 
-def show(seen: dict, client, with_events: bool) -> None:
-    """Print what describe() returned, aligned, and the next command."""
+def show(seen: dict, client, with_events: bool, named: str | None = None) -> None:
+    """Print what describe() returned, aligned, and the next command; `named`: the job id that the reader gave."""
     rows = [("Job ID", seen["job_id"]), ("Status", seen["status"]), ("Model", seen["model"])]
     rows.append(("Created", moment(seen["created_at"])))
     if seen["finished_at"] and seen["created_at"]:
@@ -525,22 +580,25 @@ def show(seen: dict, client, with_events: bool) -> None:
         print(f"  step {checkpoint['step']:<5}  {loss}  {checkpoint['model']}{best}")
     if seen["overfitting"]:
         print(f"\n{seen['overfitting']}")
-    print(f"\n{next_step(seen, client)}")
+    print(f"\n{next_step(seen, client, named)}")
 
 
-def next_step(seen: dict, client) -> str:
-    """Return what to do now, with its command."""
+def next_step(seen: dict, client, named: str | None = None) -> str:
+    """Return what to do now, with its command, which repeats the job id that the reader named."""
+    job = f" {named}" if named else ""
     if seen["status"] == "succeeded":
+        if deleted(client, seen["fine_tuned_model"]):
+            return "The fine-tuned model was deleted.\nNext: python fine_tune.py --force trains a new one"
         host = urlsplit(str(client.base_url)).hostname or ""
         deploy = next((step for name, step in DEPLOY_FIRST.items() if host.endswith(name)), None)
         if not deploy and not seen["fine_tuned_model"]:
             deploy = "see in the server's documentation how the trained model is deployed"
         if deploy:
             return f"First {deploy}.\nNext: python use_fine_tuned_model.py NAME_OF_THE_DEPLOYMENT"
-        best = f" {seen['best_checkpoint']}" if seen["overfitting"] and seen["best_checkpoint"] else ""
+        best = f" {seen['best_checkpoint']}" if seen["overfitting"] and seen["best_checkpoint"] else job
         return f"Next: python use_fine_tuned_model.py{best}"
     if seen["status"] not in ENDED:
-        return "Next: python check_fine_tune_status.py --wait"
+        return f"Next: python check_fine_tune_status.py{job} --wait"
     lines = ["Next: python fine_tune.py starts a new job"]
     if seen["error"]:
         lines.insert(0, "Error: {message} (code {code}, param {param})".format(**seen["error"]))
@@ -655,7 +713,10 @@ def cancel(client, job_id: str) -> dict:
 
 
 def clean_up(client, job_id: str, really: bool) -> dict:
-    """Delete the job's files and model if `really`; return {"job_id", "deleted", "would_delete", "kept"}: ids."""
+    """Delete the job's files and model if `really`; return what became of them.
+
+    Keys: job_id, and lists of ids: deleted, already_gone, would_delete (if not `really`), kept (another job reads it).
+    """
     import openai
 
     job = client.fine_tuning.jobs.retrieve(job_id)
@@ -668,14 +729,19 @@ def clean_up(client, job_id: str, really: bool) -> dict:
     files = [file for file in (job.training_file, job.validation_file, *(job.result_files or [])) if file]
     deletions = [(client.files.delete, file) for file in files if file not in in_use]
     deletions += [(client.models.delete, job.fine_tuned_model)] if job.fine_tuned_model else []
+    done: list[str] = []
+    gone: list[str] = []
     for delete, name in deletions if really else []:
-        with suppress(openai.NotFoundError):  # gone already
+        try:
             delete(name)
-    names = [name for _, name in deletions]
+            done.append(name)
+        except openai.NotFoundError:
+            gone.append(name)
     return {
         "job_id": job.id,
-        "deleted": names if really else [],
-        "would_delete": [] if really else names,
+        "deleted": done,
+        "already_gone": gone,
+        "would_delete": [] if really else [name for _, name in deletions],
         "kept": [file for file in files if file in in_use],
     }
 
@@ -728,7 +794,7 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         print_json(seen)
     else:
-        show(seen, client, with_events=not args.wait)
+        show(seen, client, with_events=not args.wait, named=args.job_id)
     if args.plot:
         try:
             Path(args.plot).write_text(plot_svg(seen), encoding="utf-8")
@@ -754,7 +820,7 @@ def print_table(jobs: list[dict]) -> None:
 
 
 def print_clean_up(done: dict) -> None:
-    for label in ("deleted", "would_delete", "kept"):
+    for label in ("deleted", "already_gone", "would_delete", "kept"):
         for name in done[label]:
             print(f"{label.replace('_', ' ')}: {name}" + " (another job is using it)" * (label == "kept"))
     if done["would_delete"]:

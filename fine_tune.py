@@ -25,11 +25,12 @@ import argparse
 import hashlib
 import itertools
 import json
+import math
 import os
 import sys
 import time
 import uuid
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import date
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -61,7 +62,15 @@ class StepError(Exception):
 
 
 def server_settings():
-    """Return (API key, base URL) of the server that the environment or .env names (StepError if none is named)."""
+    """Return (API key, base URL) of the server that the environment or .env names (StepError if of no use)."""
+    from importlib.util import find_spec
+
+    for package, module in (("openai", "openai"), ("python-dotenv", "dotenv")):
+        if not find_spec(module):
+            raise StepError(
+                f"{package} is not installed here: activate the virtual environment (source .venv/bin/activate) "
+                "or run python -m pip install -r requirements.txt"
+            )
     from dotenv import load_dotenv
 
     load_dotenv()
@@ -73,22 +82,50 @@ def server_settings():
         )
     # A stray line end in the key would come back in the error text of the HTTP library, key and all.
     # An empty OPENAI_BASE_URL would reach the SDK as an empty address, so the default is spelled out.
-    return (api_key or "").strip() or "not-needed", base_url or "https://api.openai.com/v1"
+    api_key, base_url = (api_key or "").strip() or "not-needed", base_url or "https://api.openai.com/v1"
+    if not (api_key.isascii() and api_key.isprintable()):
+        raise StepError("OPENAI_API_KEY holds a character that no key has, such as a typographic dash: paste it again.")
+    try:
+        usable = urlsplit(base_url).scheme in ("http", "https") and urlsplit(base_url).hostname
+    except ValueError:  # a bracket or a port that is none
+        usable = False
+    if not usable:
+        raise StepError(
+            f"OPENAI_BASE_URL is {base_url!r}, which is no address: begin it with http:// or https://, "
+            "as in http://127.0.0.1:8321/v1"
+        )
+    return api_key, base_url
+
+
+def same_server(one: str | None, other: str | None) -> bool:
+    """Tell whether two base URLs name one server: localhost is 127.0.0.1, and a slash at the end is nothing."""
+
+    def plain(base_url):
+        address = urlsplit((base_url or "").rstrip("/"))
+        local = address.hostname in ("localhost", "127.0.0.1", "::1")
+        return address.scheme, "localhost" if local else address.hostname, address.port, address.path
+
+    return plain(one) == plain(other)
 
 
 def connect(timeout: float = 600):
     """Return the client for that server; `timeout`: seconds without an answer before a request counts as lost."""
+    api_key, base_url = server_settings()
     import openai  # imported here: it takes half a second that --help should not cost
 
     def refuse_web_page(response):  # what a proxy or a wrong address answers; the SDK would hand it on as a bare string
         if response.is_success and "html" in response.headers.get("content-type", ""):
             raise openai.APIError("a web page", response.request, body=None)
 
-    api_key, base_url = server_settings()
     address = urlsplit(base_url)
     if address.scheme == "http" and address.hostname not in ("localhost", "127.0.0.1", "::1"):
         print(f"warning: plain http to {address.hostname}: your key can be read on the way.", file=sys.stderr)
-    timeout = float(os.environ.get("FINE_TUNE_TIMEOUT") or timeout)
+    try:
+        timeout = float(os.environ.get("FINE_TUNE_TIMEOUT") or timeout)
+        if not 0 < timeout < 1e6:
+            raise ValueError
+    except ValueError:
+        raise StepError("FINE_TUNE_TIMEOUT must be a number of seconds, such as 60.") from None
     http_client = openai.DefaultHttpxClient(event_hooks={"response": [refuse_web_page]})
     return openai.OpenAI(api_key=api_key, base_url=base_url, timeout=timeout, http_client=http_client)
 
@@ -107,7 +144,8 @@ def server_errors_explained(client):
     server = str(client.base_url)
 
     def clean(text) -> str:  # one line, and no key in it even where the server repeats it
-        return " ".join(str(text).split()).replace(client.api_key, "[key]").rstrip(".")
+        text = " ".join(str(text).split()).rstrip(".")
+        return text if len(client.api_key) < 16 else text.replace(client.api_key, "[key]")  # "local" is no secret
 
     try:
         yield
@@ -132,12 +170,27 @@ def server_errors_explained(client):
             413: "the file is larger than this server accepts; split it or shorten it",
             429: "too many requests; wait a little and run the same command again",
         }.get(code, otherwise)
+        if code == 404 and not server.rstrip("/").endswith("/v1"):
+            sentence += ", which ends in /v1 on most servers"
         if code == 429 and out_of_credit(error):
             sentence = "no credit is left or a spending limit is reached, and waiting does not help; see your plan"
         sentence = f"{server} answered {code}: {sentence}. It said: {clean(said or error.message)}."
         raise StepError(sentence, 4 if code == 429 or code >= 500 else 2) from None
     except (openai.APIError, json.JSONDecodeError) as error:  # an error event in a stream, a body that is not JSON
         raise StepError(f"{server} sent an answer that cannot be read: {clean(error)}.", 4) from None
+
+
+def deleted(client, model: str | None) -> bool:
+    """Tell whether a fine-tuned model is gone: the server lists its models, and this one is not among them."""
+    import openai
+
+    if not (model or "").startswith("ft:"):  # servers with other names list a model only once it is deployed
+        return False
+    try:
+        names = {listed.id for listed in client.models.list()}
+    except (openai.APIError, json.JSONDecodeError):
+        return False  # this answers no question of the reader's, so it may stay open
+    return bool(names) and model not in names
 
 
 def read_job_record(path: str = "fine_tune_job.json") -> dict:
@@ -150,7 +203,7 @@ def read_job_record(path: str = "fine_tune_job.json") -> dict:
         return record
     except FileNotFoundError:
         return {}
-    except ValueError:
+    except (OSError, ValueError):
         raise StepError(f"{path} is not readable JSON; move it away, or name the job or model yourself.") from None
 
 
@@ -199,31 +252,55 @@ class FineTuner:
         }
         with server_errors_explained(self.client):
             self.record = read_job_record(RECORD)
-            self.find_lost_job()
-            same = agree(self.record, wanted)
-            if not same and not force:
-                same = self.take_up_earlier_record(wanted)
-            job = self.living_job() if same and not force else None
-            if job:
-                self.say("This job exists already: same bytes, options and server. (--force starts a new one.)")
-                return self.report(job)
-            found = check_before_spending(self.client, wanted["model"], paths, hyperparameters or {}, max_cost)
             if dry_run:
-                return ""
-            begun = same and not self.record["job_id"] and (self.record["forced"] or not force)
-            if not begun:
-                found |= {"training_file_bytes": len(contents["training_file"]), "forced": force}
-                self.begin_record({**wanted, **{f"{role}_path": paths.get(role) for role in ROLES}, **found})
-            self.say(f"[1/3] Uploading training file: {training_file}")
-            for role in paths:
-                self.upload(role, contents[role])
-            self.say("\n[2/3] Waiting for file to be processed...")
-            for role in paths:
-                self.wait_for_file(role)
-            self.say("✓ File processed successfully!\n\n[3/3] Creating fine-tuning job...")
-            job = self.create()
-            self.say("✓ Fine-tuning job created successfully!")
-            return self.report(job)
+                check_before_spending(self.client, wanted["model"], paths, hyperparameters or {}, max_cost)
+                return self.say_what_would_happen(wanted, training_file, force)
+            self.find_lost_job()
+            with self.earlier_job_kept():
+                same = agree(self.record, wanted)
+                if not same and not force:
+                    same = self.take_up_earlier_record(wanted)
+                job = self.living_job() if same and not force else None
+                if job:
+                    self.say("This job exists already: same bytes, options and server. (--force starts a new one.)")
+                    return self.report(job)
+                found = check_before_spending(self.client, wanted["model"], paths, hyperparameters or {}, max_cost)
+                begun = same and not self.record["job_id"] and (self.record["forced"] or not force)
+                if not begun:
+                    found |= {"training_file_bytes": len(contents["training_file"]), "forced": force}
+                    self.begin_record({**wanted, **{f"{role}_path": paths.get(role) for role in ROLES}, **found})
+                self.say(f"[1/3] Uploading training file: {training_file}")
+                for role in paths:
+                    self.upload(role, contents[role])
+                self.say("\n[2/3] Waiting for file to be processed...")
+                for role in paths:
+                    self.wait_for_file(role)
+                self.say("✓ File processed successfully!\n\n[3/3] Creating fine-tuning job...")
+                job = self.create()
+                self.say("✓ Fine-tuning job created successfully!")
+                return self.report(job)
+
+    def say_what_would_happen(self, wanted: dict, training_file: str, force: bool) -> str:
+        """Tell what a run that is no dry run would do; write nothing, and return ""."""
+        if not agree(self.record, wanted):
+            self.record = newest_fitting(earlier_records(), wanted)
+        job = self.living_job() if self.record and not force else None
+        would = f"upload {training_file} (unless the server has it) and create a job to fine-tune {wanted['model']}"
+        self.say(f"Dry run: would {f'go on with job {job.id}, {job.status}' if job else would}. Nothing was sent.")
+        return ""
+
+    @contextmanager
+    def earlier_job_kept(self):
+        """Leave the earlier job the current one if the new one is refused inside the block."""
+        earlier = self.record
+        try:
+            yield
+        except Exception:
+            # A request without an answer may still make a job: then the new record stays, for the next run to look.
+            if earlier.get("job_id") and self.record is not earlier and not self.record["unanswered"]:
+                set_aside(self.record)
+                write_record(earlier)
+            raise
 
     def monitor_progress(self, job_id: str | None = None) -> str:
         """Follow the job (default: the one just created) to its end and return the fine-tuned model."""
@@ -307,11 +384,11 @@ class FineTuner:
 
     def take_up_earlier_record(self, wanted: dict) -> bool:
         """Make the record of an earlier job the current one again if this run wants that job; tell whether."""
-        fitting = [record for record in earlier_records() if agree(record, wanted)]
+        fitting = newest_fitting(earlier_records(), wanted)
         if not fitting:
             return False
         set_aside(self.record)
-        self.record = max(fitting, key=lambda record: record["created_at"])
+        self.record = fitting
         write_record(self.record)
         self.find_lost_job()
         return True
@@ -428,7 +505,7 @@ class FineTuner:
 
     def find_lost_job(self) -> None:
         """Learn the id of a job that an earlier run requested without reading the answer."""
-        if self.record.get("base_url") == self.server and "job" in self.record.get("unanswered", {}):
+        if same_server(self.record.get("base_url"), self.server) and "job" in self.record.get("unanswered", {}):
             job = self.look_for("job", self.find_job)
             if job:
                 note(f"The run before this one did create its job: {job.id}")
@@ -450,15 +527,20 @@ class FineTuner:
             return note(f"The server has no job {job_id} any more: creating a new one.")
         if str(job.status).lower() in JOB_DEAD:
             return note(f"Job {job_id} ended as {job.status}: creating a new one.")
+        if deleted(self.client, job.fine_tuned_model):  # a new job is not begun on this sign: it may cost money
+            note(f"Its model {job.fine_tuned_model} was deleted: python fine_tune.py --force trains a new one.")
         return job
 
     def delete_orphans(self) -> None:
         """Delete this record's files from the server, but for those that an earlier job was created with."""
+        import openai
+
         in_use = {record.get(role) for record in earlier_records() if record.get("job_id") for role in ROLES}
         for role in ROLES:
             file_id = self.record[role]
             if file_id and file_id not in in_use:
-                self.client.files.delete(file_id)
+                with suppress(openai.NotFoundError):
+                    patiently(lambda file_id=file_id: self.client.files.delete(file_id))
                 note(f"The uploaded file {file_id} was deleted from the server again.")
                 self.record[role] = None
                 write_record(self.record)
@@ -489,6 +571,7 @@ def check_before_spending(client, model: str, paths: dict, hyperparameters: dict
         import prepare_training_data as step_1
     except ModuleNotFoundError:
         note("Data:  not checked, no cost estimated: prepare_training_data.py is not beside this script.")
+        found["system_prompt"] = shared_system_prompt(read_file(paths["training_file"]))
     else:
         try:
             report = step_1.check_training_file(paths["training_file"], model, paths.get("validation_file"))
@@ -508,10 +591,9 @@ def check_before_spending(client, model: str, paths: dict, hyperparameters: dict
         counts = f"{report.examples} examples, {report.tokens:,} tokens ({report.counted})"
         check = f" (see: python prepare_training_data.py --check {paths['training_file']})" if report.warnings else ""
         note(f"Data:  {counts}, warnings: {report.warnings}{check}")
-        price = {None: "no price known for this model", 0: "free (local API)"}.get(
-            report.price, f"about ${cost or 0:.2f}"
-        )
-        note(f"Cost:  {price}, for {epochs} epochs")
+        price = "no price known for this model" if cost is None else f"about ${cost:.2f}"
+        price = "free (local API)" if report.price == 0 else price
+        note(f"Cost:  {price}, for {epochs} epoch{'s' * (epochs != 1)}")
         if cost and cost > max_cost:
             raise StepError(
                 f"The estimate of ${cost:.2f} is above --max-cost {max_cost:.2f}; nothing was sent. "
@@ -544,6 +626,16 @@ def read_file(path: str) -> bytes:
         raise StepError(f"Cannot read {path}: {error.strerror}{cure}.") from None
 
 
+def shared_system_prompt(content: bytes) -> str | None:
+    """Return the system message that every row starts with, None if they differ or have none."""
+    try:
+        first = [json.loads(line)["messages"][0] for line in content.splitlines() if line.strip()]
+        prompts = {message["content"] if message["role"] == "system" else None for message in first}
+    except (ValueError, KeyError, IndexError, TypeError):
+        return None  # the file was not checked here; the server says what is wrong with it
+    return prompts.pop() if len(prompts) == 1 else None
+
+
 # The record
 
 
@@ -560,14 +652,24 @@ def write_record(record: dict) -> None:
 
 
 def set_aside(record: dict) -> None:
-    """Keep the record of a job that exists, or may exist, when another takes its place."""
-    if record.get("job_id") or "job" in record.get("unanswered", {}):
+    """Keep the record of a job that exists or may exist, or of an upload, when another takes its place."""
+    if record.get("job_id") or record.get("training_file") or "job" in record.get("unanswered", {}):
         OLD_RECORDS.mkdir(exist_ok=True)
-        os.replace(RECORD, OLD_RECORDS / f"{record['job_id'] or 'unknown-' + record['token']}.json")
+        with suppress(FileNotFoundError):  # it is there already: the disk was full when another should take its place
+            os.replace(RECORD, OLD_RECORDS / f"{record['job_id'] or 'unknown-' + record['token']}.json")
 
 
 def agree(record: dict, wanted: dict) -> bool:
-    return all(record.get(name) == value for name, value in wanted.items())
+    return all(
+        same_server(record.get(name), value) if name == "base_url" else record.get(name) == value
+        for name, value in wanted.items()
+    )
+
+
+def newest_fitting(records: list[dict], wanted: dict) -> dict:
+    """Return the newest of the records that agree with what is wanted, one with a job before one without, or {}."""
+    fitting = [record for record in records if agree(record, wanted)]
+    return max(fitting, key=lambda record: (record["created_at"], bool(record["job_id"])), default={})
 
 
 def earlier_records() -> list[dict]:
@@ -625,8 +727,29 @@ def note(line: str) -> None:
 # The command line
 
 
+def positive_integer(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise ValueError
+    return value
+
+
+def positive_number(text: str) -> float:
+    value = float(text)
+    if not 0 < value < math.inf:
+        raise ValueError
+    return value
+
+
+def amount(text: str) -> float:
+    value = float(text)
+    if not value >= 0:  # NaN is not
+        raise ValueError
+    return value
+
+
 def json_object(text: str) -> dict:
-    value = json.loads(text)
+    value = json.loads(text, parse_constant=int)  # int refuses NaN and Infinity, which JSON does not have
     if not isinstance(value, dict):
         raise ValueError
     return value
@@ -642,12 +765,12 @@ def build_parser() -> argparse.ArgumentParser:
     add("--validation-file", metavar="FILE", help="chat JSONL that is not trained on; gives the validation loss")
     add("--model", help=f"base model (default: FINE_TUNE_MODEL, else {DEFAULT_MODEL})")
     add("--suffix", help="becomes part of the fine-tuned model's name")
-    add("--n-epochs", type=int, metavar="N", help="passes over the data (default: the server chooses)")
-    add("--batch-size", type=int, metavar="N", help="examples per step (default: the server chooses)")
-    add("--learning-rate-multiplier", type=float, metavar="X", help="default: the server chooses")
+    add("--n-epochs", type=positive_integer, metavar="N", help="passes over the data (default: the server chooses)")
+    add("--batch-size", type=positive_integer, metavar="N", help="examples per step (default: the server chooses)")
+    add("--learning-rate-multiplier", type=positive_number, metavar="X", help="default: the server chooses")
     add("--seed", type=int, help="makes a run repeatable")
     add("--extra", type=json_object, metavar="JSON", help="an object merged into the request, for what a server needs")
-    add("--max-cost", type=float, default=MAX_COST, metavar="USD", help="stop above this (default: %(default).2f)")
+    add("--max-cost", type=amount, default=MAX_COST, metavar="USD", help="stop above this (default: %(default).2f)")
     add("--dry-run", action="store_true", help="check the data, the cost and the model; send nothing")
     add("--force", action="store_true", help="a new upload and a new job in any case")
     add("--quiet", action="store_true", help="print the job id alone")
@@ -661,11 +784,9 @@ def run(args: argparse.Namespace) -> int:
     asked = {name: value for name, value in hyperparameters.items() if value is not None}  # "auto" is not sent
     tuner = FineTuner(say=lambda line: None if quiet else print(line, flush=True))
     job_id = tuner.create_job(**options, hyperparameters=asked)
-    if not job_id:
-        print("Dry run: nothing was sent.")
-    elif quiet:
+    if quiet and job_id:
         print(job_id)
-    else:
+    elif job_id:
         print("\nNext: python check_fine_tune_status.py --wait")
     return 0
 

@@ -31,14 +31,13 @@ import math
 import os
 import re
 import shutil
-import sqlite3
 import sys
 import tempfile
 import threading
 import unicodedata
+from bisect import bisect_left
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -51,22 +50,22 @@ SYSTEM_PROMPT = (
     "You help customers with their account, billing, features and bugs. Be friendly, accurate and brief."
 )
 HERE = Path(__file__).resolve().parent
-DEFAULT_INPUT = HERE / "examples" / "techflow_support" / "qa_pairs.json"
+DEFAULT_INPUT = os.path.join("examples", "techflow_support", "qa_pairs.json")
 DEFAULT_OUTPUT, DEFAULT_VALIDATION_OUTPUT = "training_data.jsonl", "validation_data.jsonl"
 DEFAULT_MODEL = "gpt-4.1-mini-2025-04-14"
 
-# USD per 1M training tokens, from https://developers.openai.com/api/docs/pricing. Other models have no known price.
-PRICES_DATE = "2026-07"  # the page has shown no training prices since
+# USD per 1M training tokens, as last published: https://developers.openai.com/api/docs/pricing has shown none since.
+PRICES_DATE = "2026-07"
 PRICES = {
     "gpt-4.1-2025-04-14": 25.00,
     "gpt-4.1-mini-2025-04-14": 5.00,
     "gpt-4o-2024-08-06": 25.00,
     "gpt-4o-mini-2024-07-18": 3.00,
 }
-TOKEN_LIMIT = 65_536  # tokens an example may have; https://developers.openai.com/api/docs/guides/fine-tuning-best-practices
+# https://developers.openai.com/api/docs/guides/supervised-fine-tuning, and fine-tuning-best-practices
+MIN_EXAMPLES, ADVISED_EXAMPLES, MAX_FILE_BYTES = 10, 50, 512 * 1024 * 1024
+TOKEN_LIMIT = 65_536  # of one example
 TOKEN_LIMITS = {"smollm2-135m-instruct": 8_192}  # models with a smaller context
-MIN_EXAMPLES, ADVISED_EXAMPLES = 10, 50  # https://developers.openai.com/api/docs/guides/supervised-fine-tuning
-MAX_FILE_BYTES = 512 * 1024 * 1024
 SHORT_ANSWER = 50  # characters
 MAX_BLANKS = 100_000  # in a row: tiktoken panics at about a million (openai/tiktoken issue 15)
 
@@ -75,16 +74,18 @@ MESSAGE_TOKENS, NAME_TOKENS, PRIMING_TOKENS = 3 + 1, 1, 3  # a message's 3 and i
 IMAGE_TOKENS = 85  # at low detail; at high detail it depends on the image, which is not looked at
 DOWNLOAD_SECONDS = 10  # for a vocabulary: tiktoken itself would wait for ever
 BLOCK_BYTES = 100_000  # that a thread counts at a time: enough that threads seldom wait for each other
-CHUNK_BYTES = 1 << 20
+CHUNK_BYTES = 1 << 16
 
-JSON_SPACE = re.compile(r"[ \t\n\r]*")
+JSON_SPACE = " \t\n\r"
 JSON_ENCODER = json.JSONEncoder(ensure_ascii=False, allow_nan=False)
 END_OF_TEXT = "<|endoftext|>"
 # The API rejects all of these; o200k_base alone would let the fim and im tokens pass.
-CONTROL_TOKEN = re.compile(r"<\|(?:endoftext|endofprompt|startoftext|fim_(?:prefix|middle|suffix)|im_(?:start|end|sep))\|>")
+CONTROL_TOKEN = re.compile(
+    r"<\|(?:(?:start|end)of(?:text|prompt)|fim_(?:prefix|middle|suffix)|im_(?:start|end|sep))\|>"
+)
 BLANK_RUN = re.compile(rf"\s{{{MAX_BLANKS}}}")
 SECRETS = (  # what it is, how it begins, how it goes on
-    ("a private key", r"-----", r"BEGIN (?:[A-Z0-9]+ )*PRIVATE KEY"),
+    ("a private key", r"-----", r"BEGIN (?:[A-Z0-9]+ )*PRIVATE KEY[\s\S]*"),
     ("an API key", r"(?<![A-Za-z0-9])sk-", r"(?=[A-Za-z_-]*\d)[A-Za-z0-9_-]{20,}"),
     ("an AWS access key", r"A", r"[KS]IA[A-Z0-9]{16}"),
     ("a GitHub token", r"gh[pousr]_", r"[A-Za-z0-9]{36,}"),
@@ -126,37 +127,33 @@ class Problem(NamedTuple):
 
 
 class Fault(NamedTuple):
-    """What is wrong with a record that cannot be read; it stands in the place of the record."""
+    """What is wrong with a record; it stands in the place of one that cannot be read."""
 
     kind: str
     message: str
-    text: str = ""
 
 
-# --- reading: (line, value) for each record, where the value is parsed JSON or a Fault ---
+# --- reading: (line, value, text) for each record, where the value is what its text says, or a Fault ---
 
 
-def read_records(path: str, check: bool = False) -> Iterator[tuple[int, Any]]:
+def read_records(path: str, check: bool = False) -> Iterator[tuple[int, Any, str]]:
     """Yield the records of a file: CSV by its name, a JSON array by its first character, else JSON Lines.
 
     With `check` it can only be JSON Lines, as for the upload. Raises StepError for a file that is missing or not UTF-8.
     """
     with explained_file_errors(), open(path, "rb") as file:
-        is_array = file.peek(64).removeprefix(codecs.BOM_UTF8).lstrip()[:1] == b"["
-        if is_array and check:
-            yield 1, Fault("broken-file", "the API takes JSON Lines, not an array; run without --check to convert it")
+        start = file.peek(64)
+        is_array = start.removeprefix(codecs.BOM_UTF8).lstrip()[:1] == b"["
+        if check and start.startswith(codecs.BOM_UTF8):
+            yield 1, Fault("byte-order-mark", "a server may reject the byte order mark here; save the file without"), ""
+        if check and is_array:
+            yield 1, Fault("broken-file", "this is an array, the upload takes JSON Lines; run without --check"), ""
         elif is_array:
-            yield from read_json_array(path, file)
+            yield from read_json_array(decoded(iter(lambda: file.read(CHUNK_BYTES), b""), path))
         elif path.lower().endswith(".csv") and not check:
-            yield from read_csv(path, file)
+            yield from read_csv(decoded(file, path))
         else:
-            yield from read_json_lines(path, file, check)
-
-
-def read_jsonl(path: str) -> Iterator[tuple[int, Any]]:
-    """Yield (line, value) of a JSON Lines file; a line that is not JSON has a Fault for its value."""
-    with explained_file_errors(), open(path, "rb") as file:
-        yield from read_json_lines(path, file)
+            yield from read_json_lines(decoded(file, path), check)
 
 
 @contextmanager
@@ -182,26 +179,7 @@ def decoded(chunks: Iterable[bytes], path: str) -> Iterator[str]:
         line += chunk.count(b"\n")
 
 
-def read_json_lines(path: str, file, check: bool = False) -> Iterator[tuple[int, Any]]:
-    parse = json_parser()
-    if check and file.peek(3).startswith(codecs.BOM_UTF8):
-        yield 1, Fault("byte-order-mark", "a server may reject the byte order mark at the start; save the file without")
-    for line, text in enumerate(decoded(file, path), 1):
-        start = JSON_SPACE.match(text).end()
-        if start == len(text):
-            if text and check:
-                yield line, Fault("blank-line", "a server may count a blank line as a broken row; delete it")
-            continue
-        try:
-            value, end = parse(text, start)
-            if JSON_SPACE.match(text, end).end() < len(text):
-                raise json.JSONDecodeError("Text after the object", text, end)
-        except ValueError as error:
-            value = Fault("invalid-json", f"{syntax_fault(error)}; a line must be one JSON object", text)
-        yield line, value
-
-
-def json_parser() -> Callable[..., tuple[Any, int]]:
+def json_parser() -> Callable[[str, int], tuple[Any, int]]:
     """Return parse(text, start) -> (value, end); ValueError: not JSON. An object with a key twice makes it a Fault."""
     repeated: list[str] = []
 
@@ -212,7 +190,7 @@ def json_parser() -> Callable[..., tuple[Any, int]]:
         return record
 
     def no_constant(name: str):
-        raise ValueError(f"{name} is not JSON")
+        raise ValueError(f"{name} is no JSON number")
 
     decoder = json.JSONDecoder(object_pairs_hook=one_of_each, parse_constant=no_constant)
 
@@ -221,101 +199,89 @@ def json_parser() -> Callable[..., tuple[Any, int]]:
         try:
             value, end = decoder.raw_decode(text, start)
         except RecursionError:
-            raise ValueError("nested too deeply") from None
+            raise ValueError("Nested too deeply") from None
         if repeated:
-            value = Fault("duplicate-key", f"the key {named(repeated[:1])} stands twice; keep one", text[start:end])
+            value = Fault("duplicate-key", f"the key {named(repeated[:1])} stands twice; keep one")
         return value, end
 
     return parse
 
 
-def syntax_fault(error: ValueError) -> str:
-    return f"{error.msg} at column {error.colno}" if isinstance(error, json.JSONDecodeError) else str(error)
-
-
-def read_json_array(path: str, file) -> Iterator[tuple[int, Any]]:
-    text, parse = JSONText(decoded(iter(lambda: file.read(CHUNK_BYTES), b""), path)), json_parser()
-    try:
-        text.take("[")
-        separator = text.peek() == "]" and text.take("]")
-        while separator != "]":
-            text.peek()
-            line = text.line
-            yield line, text.value(parse)
-            separator = text.take(",]")
-        if text.peek():
-            raise json.JSONDecodeError("Text after the array", text.text, text.at)
-    except ValueError as error:
-        message = f"{getattr(error, 'msg', error)}; mend it here, the rest of the file was not read"
-        yield text.line, Fault("broken-file", message)
-
-
-class JSONText:
-    """A JSON text of any size: one chunk and one value of it are in memory. `line` is where reading has come to."""
-
-    def __init__(self, chunks: Iterator[str]):
-        self.chunks, self.text, self.at, self.line, self.ended = chunks, "", 0, 1, False
-
-    def read_on(self):
-        chunk = next(self.chunks, None)
-        self.ended = chunk is None
-        self.text, self.at = self.text[self.at :] + (chunk or ""), 0
-
-    def advance(self, end: int):
-        self.line, self.at = self.line + self.text.count("\n", self.at, end), end
-
-    def peek(self) -> str:
-        """Return the next character that is not white space, "" at the end."""
-        while True:
-            self.advance(JSON_SPACE.match(self.text, self.at).end())
-            if self.at < len(self.text) or self.ended:
-                return self.text[self.at : self.at + 1]
-            self.read_on()
-
-    def take(self, allowed: str) -> str:
-        char = self.peek()
-        if not char or char not in allowed:
-            raise json.JSONDecodeError(f"Expecting {' or '.join(allowed)}", self.text, self.at)
-        self.advance(self.at + 1)
-        return char
-
-    def value(self, parse: Callable) -> Any:
-        while True:
+def read_json_lines(lines: Iterable[str], check: bool = False) -> Iterator[tuple[int, Any, str]]:
+    parse = json_parser()
+    for number, text in enumerate(lines, 1):
+        line = text.strip(JSON_SPACE)
+        if line:
             try:
-                value, end = parse(self.text, self.at)
-                if end < len(self.text) or self.ended:
-                    self.advance(end)
-                    return value
-            except json.JSONDecodeError as error:
-                # What breaks off at the end of the text so far may go on in the next chunk.
-                if self.ended or (error.pos + 16 < len(self.text) and not error.msg.startswith("Unterminated")):
-                    self.advance(error.pos)
-                    raise
-            self.read_on()
+                value, end = parse(line, 0)
+                if end < len(line):
+                    raise json.JSONDecodeError("More text after the object", line, end)
+            except ValueError as error:
+                place = f" at column {error.colno}" if isinstance(error, json.JSONDecodeError) else ""
+                value = Fault("invalid-json", f"{first_line(error)}{place}; a line must be one JSON object")
+            yield number, value, line
+        elif text and check:
+            yield number, Fault("blank-line", "a server may count a blank line as a broken row; delete it"), ""
 
 
-def read_csv(path: str, file) -> Iterator[tuple[int, Any]]:
+def first_line(error: Exception) -> str:
+    return getattr(error, "msg", str(error)).partition("\n")[0]
+
+
+def read_json_array(chunks: Iterator[str]) -> Iterator[tuple[int, Any, str]]:
+    """Yield (line, element), with no more than an element and a chunk in memory; a syntax error ends it."""
+    parse, text, line, expected, enough = json_parser(), "", 1, "[", 0
+    for chunk in itertools.chain(chunks, [None]):  # None: there is no more
+        text += chunk or ""
+        while chunk is None or len(text) >= enough:
+            stripped = text.lstrip(JSON_SPACE)
+            line, text = line + text.count("\n", 0, len(text) - len(stripped)), stripped
+            if not text and (chunk is not None or not expected):
+                break
+            try:
+                if expected == "value" or (expected == "value or ]" and text[:1] != "]"):
+                    value, end = parse(text, 0)
+                    if chunk is not None and end + 16 > len(text):
+                        break  # a number may go on in the next chunk
+                    yield line, value, text[:end]
+                    expected, enough = ",]", 0
+                elif text and text[0] in expected:
+                    end, expected = 1, {"[": "value or ]", ",": "value", "]": ""}[text[0]]
+                else:
+                    raise json.JSONDecodeError(f"Expecting {' or '.join(expected) or 'the end'}", text, 0)
+            except ValueError as error:
+                at = getattr(error, "pos", 0)
+                if chunk is not None and (at + 16 > len(text) or str(error).startswith("Unterminated")):
+                    enough = 2 * len(text)  # the value goes on: so as not to parse a long one for every chunk
+                    break
+                message = f"{first_line(error)}; mend it here, the rest of the file was not read"
+                yield line + text.count("\n", 0, at), Fault("broken-file", message), ""
+                return
+            line, text = line + text.count("\n", 0, end), text[end:]
+
+
+def read_csv(lines: Iterator[str]) -> Iterator[tuple[int, Any, str]]:
     csv.field_size_limit(2**31 - 1)  # an answer may be longer than the module's 128 KB
-    rows, header = csv.reader(filter(None, decoded(file, path)), strict=True), None
+    rows, header, twice = csv.reader(filter(None, lines), strict=True), None, None
     while True:
         line = rows.line_num + 1
         try:
             fields = next(rows, None)
         except csv.Error as error:
-            yield line, Fault("invalid-csv", f"{error}; put the field in quotes, and write a quote inside it twice")
+            yield line, Fault("invalid-csv", f"{error}; put the field in quotes, and write a quote inside it twice"), ""
             continue
         if fields is None:
             return
-        if header is None:
-            header = fields or None
-            twice = [name for name in fields if name and fields.count(name) > 1]
+        if not header:
+            header = fields
+            twice = next((name for name in fields if name and fields.count(name) > 1), None)
         elif twice:
-            yield line, Fault("duplicate-key", f"the column {named(twice[:1])} stands twice; keep one", str(fields))
+            yield line, Fault("duplicate-key", f"the column {twice!r} stands twice; keep one"), render(fields)
         elif fields and len(fields) != len(header):
             message = f"{len(fields)} fields where the header has {len(header)}; put fields with commas in quotes"
-            yield line, Fault("invalid-csv", message, str(fields))
+            yield line, Fault("invalid-csv", message), render(fields)
         elif fields:
-            yield line, {name: value for name, value in zip(header, fields, strict=True) if name}
+            yield line, {name: value for name, value in zip(header, fields, strict=True) if name}, ""
 
 
 # --- from a record to an example ---
@@ -324,39 +290,45 @@ SHAPES = (("messages",), ("question", "answer"), ("prompt", "completion"))
 NOT_WRITTEN = ("id", "category")
 
 
-def to_example(record: Any, system: str) -> Any:
+def to_example(record: Any, system: dict | None) -> Any:
     """Return the training example that a record of one of the three shapes stands for, or the Fault that it has."""
     if not isinstance(record, dict):
-        return Fault("not-an-object", 'the record must be an object, such as {"question": "...", "answer": "..."}')
-    fitting = [shape for shape in SHAPES if all(key in record for key in shape)]
-    if not fitting:
-        return Fault("unknown-shape", f"found {named(record) or 'no keys'}; a record needs question and answer, "
-                                      "prompt and completion, or messages")
-    if len(fitting) > 1:
-        return Fault("ambiguous-shape", f"found {' as well as '.join(' and '.join(shape) for shape in fitting)}; keep one")
-    if fitting[0] != ("messages",):
-        question, answer = fitting[0]
+        return Fault("not-an-object", 'a record must be an object, such as {"question": "...", "answer": "..."}')
+    shapes = [" and ".join(shape) for shape in SHAPES if all(key in record for key in shape)]
+    if not shapes:
+        wanted = "question and answer, prompt and completion, or messages"
+        return Fault("unknown-shape", f"found {named(record) or 'no keys'}; a record needs {wanted}")
+    if len(shapes) > 1:
+        return Fault("ambiguous-shape", f"found {' as well as '.join(shapes)}; keep one of them")
+    if "messages" not in record:
+        question, answer = ("question", "answer") if "question" in shapes[0] else ("prompt", "completion")
         return qa_example(record[question], record[answer], system)
-    messages, rest = record["messages"], {k: v for k, v in record.items() if k not in ("messages", *NOT_WRITTEN)}
-    if isinstance(messages, list) and messages:
-        roles = [message.get("role") if isinstance(message, dict) else None for message in messages]
-        if "developer" in roles:  # which training files call `system`
-            messages = [message | {"role": "system"} if role == "developer" else message
-                        for message, role in zip(messages, roles, strict=True)]
-        if system and "system" not in roles and "developer" not in roles:
-            messages = [{"role": "system", "content": system}, *messages]
-    return {"messages": messages} | rest
+    messages = record["messages"]
+    if isinstance(messages, list):
+        messages = with_system(messages, system)
+    if messages is record["messages"] and not any(key in record for key in NOT_WRITTEN):
+        return record  # as it is
+    return {key: value for key, value in record.items() if key not in NOT_WRITTEN} | {"messages": messages}
 
 
-def qa_example(question: Any, answer: Any, system: str) -> dict:
+def qa_example(question: Any, answer: Any, system: dict | None) -> dict:
     turns = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
-    return {"messages": [{"role": "system", "content": system}, *turns] if system else turns}
+    return {"messages": with_system(turns, system)}
+
+
+def with_system(messages: list, system: dict | None) -> list:
+    """Put the system message in front where there is none. `developer` is its other name, which training files lack."""
+    roles = [message.get("role") if isinstance(message, dict) else None for message in messages]
+    if "developer" in roles:
+        renamed = {"role": "system"}
+        return [m | renamed if role == "developer" else m for m, role in zip(messages, roles, strict=True)]
+    return messages if "system" in roles or not (system and messages) else [system, *messages]
 
 
 # --- the rules ---
 
 ROLES = ("system", "user", "assistant", "tool")
-KEYS = dict.fromkeys(ROLES, {"role", "content", "name", "weight"})
+KEYS = {role: {"role", "content", "name", "weight"} for role in ROLES}
 KEYS |= {"assistant": KEYS["assistant"] | {"tool_calls"}, "tool": KEYS["tool"] | {"tool_call_id"}}
 EXAMPLE_KEYS = {"messages", "tools", "parallel_tool_calls"}
 
@@ -364,41 +336,46 @@ EXAMPLE_KEYS = {"messages", "tools", "parallel_tool_calls"}
 class Message:
     """A message as the rules see it: what has the wrong type is empty here, and a fault by a rule of its own."""
 
-    __slots__ = ("all_texts", "calls", "content", "images", "is_blank", "is_object", "is_trained", "parts", "raw", "role", "texts")
-
     def __init__(self, raw: Any):
         self.is_object, self.raw = isinstance(raw, dict), raw if isinstance(raw, dict) else {}
         self.role = self.raw["role"] if self.raw.get("role") in ROLES else ""
-        self.content, calls = self.raw.get("content"), self.raw.get("tool_calls")
-        self.parts = [p for p in self.content if isinstance(p, dict)] if isinstance(self.content, list) else []
-        self.texts = [part["text"] for part in self.parts if isinstance(part.get("text"), str)]
-        if isinstance(self.content, str):
-            self.texts = [self.content]
-        self.images = [part for part in self.parts if part.get("type") == "image_url"]
+        self.content: Any = self.raw.get("content")
+        calls = self.raw.get("tool_calls")
+        self.parts: list[dict] = []
+        self.images: list[dict] = []
+        self.texts: list = [self.content]
+        if not isinstance(self.content, str):
+            self.parts = [p for p in self.content if isinstance(p, dict)] if isinstance(self.content, list) else []
+            self.images = [part for part in self.parts if part.get("type") == "image_url"]
+            self.texts = [part["text"] for part in self.parts if isinstance(part.get("text"), str)]
         self.is_blank = bool(self.texts) and not self.images and not any(map(str.strip, self.texts))
         self.calls = [call for call in calls if is_function(call)] if isinstance(calls, list) else []
         self.is_trained = self.role == "assistant" and self.raw.get("weight") != 0
-        self.all_texts = self.texts + [str(call["function"].get(k, "")) for call in self.calls for k in ("name", "arguments")]
-        if isinstance(self.raw.get("name"), str):
-            self.all_texts.append(self.raw["name"])
 
 
 class Example:
-    """A training example as the rules see it."""
+    """A training example as the rules see it, and the texts of which its tokens are counted."""
 
     def __init__(self, raw: dict):
         self.raw, messages, tools = raw, raw.get("messages"), raw.get("tools")
         self.messages = [Message(message) for message in messages] if isinstance(messages, list) else []
+        self.roles = {message.role for message in self.messages}  # "": missing or unknown
         self.functions = [tool["function"] for tool in tools if is_function(tool)] if isinstance(tools, list) else []
-        self.trained_texts = [text for message in self.messages if message.is_trained for text in message.all_texts]
-        self.other_texts = [text for message in self.messages if not message.is_trained for text in message.all_texts]
-        for function in self.functions:
-            self.other_texts += function_texts(function)
-        self.text = "\n".join(self.trained_texts + self.other_texts)
+        self.trained_texts: list[str] = []
+        self.other_texts, self.format_tokens = function_parts(self.functions)
+        self.format_tokens += PRIMING_TOKENS
+        for message in self.messages:
+            texts = self.trained_texts if message.is_trained else self.other_texts
+            texts += message.texts
+            self.format_tokens += MESSAGE_TOKENS + IMAGE_TOKENS * len(message.images)
+            for call in message.calls:
+                texts += [call["function"]["name"], str(call["function"].get("arguments"))]
+            if isinstance(message.raw.get("name"), str):
+                self.other_texts.append(message.raw["name"])
+                self.format_tokens += NAME_TOKENS
+        self.texts = self.trained_texts + self.other_texts
+        self.text = "\n".join([*self.texts, json.dumps(tools)] if tools else self.texts)
         self.has_blank_run = len(self.text) >= MAX_BLANKS and bool(BLANK_RUN.search(self.text))
-
-    def of(self, role: str) -> list[Message]:
-        return [message for message in self.messages if message.role == role]
 
     def undeclared_functions(self) -> set:
         called = {call["function"]["name"] for message in self.messages for call in message.calls}
@@ -420,26 +397,23 @@ def is_function(value: Any) -> bool:
     return isinstance(function, dict) and isinstance(function.get("name"), str)
 
 
-def function_texts(function: dict) -> list[str]:
-    """The texts that the Cookbook's rule counts of a declared function; what is nested deeper is in no published rule."""
-    texts = [f"{function['name']}:{described(function)}"]
-    for key, value in properties_of(function).items():
-        texts += [f"{key}:{value.get('type', '')}:{described(value)}", *map(str, enum_of(value))]
-    return texts
-
-
-def properties_of(function: dict) -> dict:
-    parameters = function.get("parameters")
-    properties = parameters.get("properties") if isinstance(parameters, dict) else None
-    return {k: v for k, v in properties.items() if isinstance(v, dict)} if isinstance(properties, dict) else {}
-
-
-def described(value: dict) -> str:
-    return str(value.get("description", "")).removesuffix(".")
-
-
-def enum_of(value: dict) -> list:
-    return value["enum"] if isinstance(value.get("enum"), list) else []
+def function_parts(functions: list[dict]) -> tuple[list[str], int]:
+    """Return the texts and format tokens of declared functions, by the Cookbook's rule, which knows no nesting."""
+    texts, tokens = [], 12 * bool(functions)
+    for function in functions:
+        parameters = function.get("parameters")
+        properties = parameters.get("properties") if isinstance(parameters, dict) else None
+        properties = (
+            {k: v for k, v in properties.items() if isinstance(v, dict)} if isinstance(properties, dict) else {}
+        )
+        texts.append(f"{function['name']}:{str(function.get('description', '')).removesuffix('.')}")
+        tokens += 7 + 3 * bool(properties)
+        for key, value in properties.items():
+            choices = value["enum"] if isinstance(value.get("enum"), list) else []
+            texts += [f"{key}:{value.get('type', '')}:{str(value.get('description', '')).removesuffix('.')}"]
+            texts += map(str, choices)
+            tokens += 3 + (3 * len(choices) - 3 if choices else 0)
+    return texts, tokens
 
 
 def has_valid_content(message: Message) -> bool:
@@ -470,14 +444,14 @@ def secrets_in(text: str) -> str:
 
 
 def named(values: Iterable) -> str:
-    """'a', 'b': each value once, cut to what a line can take."""
-    return "" if not values else ", ".join(sorted({repr(str(value)[:40]) for value in values}))
+    """'a', 'b': each value once, cut to what a line can take, and without secrets."""
+    return "" if not values else ", ".join(sorted({repr(SECRET.sub("[secret]", str(value))[:40]) for value in values}))
 
 
 class Rule(NamedTuple):
     """A line of the table: `find` looks at what `judges` names and returns what is wrong, or something empty.
 
-    judges: "example"; "message", each of its messages; or only those of one role.
+    judges: "example"; "message", every message; only those of one role; or "roleless", those whose role is not known.
     """
 
     kind: str
@@ -487,18 +461,21 @@ class Rule(NamedTuple):
     sentence: str  # with {} for what was found
 
 
+# fmt: off
 RULES = (
     Rule("missing-messages", "error", "example", lambda e: not e.messages,
          "`messages` is missing or empty; it needs a user message and the assistant's answer"),
     Rule("unknown-key", "error", "example", lambda e: named(e.raw.keys() - EXAMPLE_KEYS),
          "the API rejects {} beside `messages`; delete it"),
-    Rule("no-user-message", "error", "example", lambda e: e.messages and not e.of("user"),
+    Rule("no-user-message", "error", "example", lambda e: e.messages and "user" not in e.roles,
          "there is no user message; add what the assistant answers to"),
-    Rule("no-assistant-message", "error", "example", lambda e: e.messages and not e.of("assistant"),
+    Rule("no-assistant-message", "error", "example", lambda e: e.messages and "assistant" not in e.roles,
          "there is no assistant message, so nothing to learn; add the answer"),
-    Rule("nothing-trained", "error", "example", lambda e: e.of("assistant") and not any(m.is_trained for m in e.messages),
+    Rule("nothing-trained", "error", "example", lambda e: (
+         "assistant" in e.roles and not any(message.is_trained for message in e.messages)),
          "every assistant message has weight 0, so nothing is learnt; take the weight off one"),
-    Rule("last-not-assistant", "warning", "example", lambda e: e.of("assistant") and e.messages[-1].role != "assistant",
+    Rule("last-not-assistant", "warning", "example", lambda e: (
+         "assistant" in e.roles and e.messages[-1].role != "assistant"),
          "what follows the last assistant message teaches nothing; end with the answer"),
     Rule("invalid-tools", "error", "example", lambda e: "tools" in e.raw and (
          not isinstance(e.raw["tools"], list) or len(e.raw["tools"]) > len(e.functions)),
@@ -507,19 +484,19 @@ RULES = (
          "`parallel_tool_calls` must be true or false"),
     Rule("unknown-function", "error", "example", lambda e: named(e.undeclared_functions()),
          "the function {} is called but not in `tools`; declare it there"),
-    Rule("orphan-tool-result", "error", "example", lambda e: named(e.orphan_results()),
+    Rule("orphan-tool-result", "error", "example", lambda e: "tool" in e.roles and named(e.orphan_results()),
          "the tool result for {} answers no earlier call; its tool_call_id must be the id of one"),
-    Rule("invalid-message", "error", "message", lambda m: not m.is_object,
+    Rule("invalid-message", "error", "roleless", lambda m: not m.is_object,
          "a message must be an object with `role` and `content`"),
-    Rule("missing-role", "error", "message", lambda m: m.is_object and "role" not in m.raw,
+    Rule("missing-role", "error", "roleless", lambda m: m.is_object and "role" not in m.raw,
          f"`role` is missing; write one of {', '.join(ROLES)}"),
-    Rule("unknown-role", "error", "message", lambda m: "role" in m.raw and not m.role and named([m.raw["role"]]),
+    Rule("unknown-role", "error", "roleless", lambda m: "role" in m.raw and named([m.raw["role"]]),
          f"the role {{}} is unknown; write one of {', '.join(ROLES)}"),
-    Rule("unknown-key", "error", "message", lambda m: m.role and named(m.raw.keys() - KEYS[m.role]),
+    Rule("unknown-key", "error", "message", lambda m: named(m.raw.keys() - KEYS[m.role]),
          "the API rejects {} here; delete it"),
-    Rule("missing-content", "error", "message", lambda m: m.role and m.content is None and not m.raw.get("tool_calls"),
+    Rule("missing-content", "error", "message", lambda m: m.content is None and not m.raw.get("tool_calls"),
          "`content` is missing; write the text"),
-    Rule("invalid-content", "error", "message", lambda m: m.role and m.content is not None and not has_valid_content(m),
+    Rule("invalid-content", "error", "message", lambda m: m.content is not None and not has_valid_content(m),
          "`content` must be text (a tool's result one string; a user's message may be a list of texts and images)"),
     Rule("empty-question", "error", "user", lambda m: m.is_blank,
          "the user's message is empty; write it or delete the row"),
@@ -530,13 +507,14 @@ RULES = (
          f"the answer has fewer than {SHORT_ANSWER} characters; the model will learn to be as brief"),
     Rule("invalid-name", "error", "message", lambda m: not isinstance(m.raw.get("name", ""), str),
          "`name` must be a text"),
-    Rule("invalid-weight", "error", "assistant", lambda m: "weight" in m.raw and repr(m.raw["weight"]) not in ("0", "1"),
+    Rule("invalid-weight", "error", "assistant", lambda m: repr(m.raw.get("weight", 1)) not in ("0", "1"),
          "`weight` must be 0 (not learnt) or 1"),
     Rule("invalid-weight", "error", "message", lambda m: "weight" in m.raw and m.role != "assistant",
          "`weight` belongs to assistant messages alone; delete it"),
     Rule("invalid-tool-call", "error", "assistant", lambda m: "tool_calls" in m.raw and not has_valid_calls(m),
          "`tool_calls` must be a list of calls of type function, each with an id and a function that has a name"),
-    Rule("invalid-arguments", "error", "assistant", lambda m: not all(is_json(c["function"].get("arguments")) for c in m.calls),
+    Rule("invalid-arguments", "error", "assistant", lambda m: not all(
+         is_json(call["function"].get("arguments")) for call in m.calls),
          "the `arguments` of a tool call must be JSON written as a text"),
     Rule("control-token", "error", "example", lambda e: "<|" in e.text and named(CONTROL_TOKEN.findall(e.text)),
          "the text holds {}, which the API rejects; delete it or write it differently"),
@@ -545,25 +523,30 @@ RULES = (
     Rule("blank-run", "error", "example", lambda e: e.has_blank_run,
          f"the text has {MAX_BLANKS:,} blanks in a row, on which tokenizers fail; shorten them"),
 )
-RULES_FOR = {judged: [rule for rule in RULES if rule.judges == judged] for judged in ("example", "message")}
-RULES_FOR |= {role: [rule for rule in RULES if rule.judges in ("message", role)] for role in ROLES}
+# fmt: on
+RULES_FOR = {role: [rule for rule in RULES if rule.judges in (role, "message")] for role in ROLES}
+RULES_FOR |= {"": [rule for rule in RULES if rule.judges == "roleless"]}
+EXAMPLE_RULES = [rule for rule in RULES if rule.judges == "example"]
 
 # What no look at one example finds: faults of reading, of counting, between rows, and of the file as a whole.
-WARNINGS = ("byte-order-mark", "blank-line", "duplicate", "conflicting-answer", "differing-system", "held-out",
-            "validation-overlap", "few-examples")
-ERRORS = ("invalid-json", "invalid-csv", "duplicate-key", "not-an-object", "unknown-shape", "ambiguous-shape",
-          "lone-surrogate", "too-many-tokens")
-FILE_ERRORS = ("broken-file", "too-few-examples", "file-too-large")  # nothing is written while one of these stands
+WARNINGS = ["byte-order-mark", "blank-line", "duplicate", "conflicting-answer", "differing-system"]
+WARNINGS += ["held-out", "validation-overlap", "few-examples"]
+ERRORS = ["invalid-json", "invalid-csv", "duplicate-key", "not-an-object", "unknown-shape", "ambiguous-shape"]
+ERRORS += ["lone-surrogate", "too-many-tokens"]
+FILE_ERRORS = ["broken-file", "too-few-examples", "file-too-large"]  # nothing is written while one of these stands
 LEVELS = {rule.kind: rule.level for rule in RULES} | dict.fromkeys(WARNINGS, "warning")
 LEVELS |= dict.fromkeys((*ERRORS, *FILE_ERRORS), "error")
 
 
-def faults_in(example: Example) -> Iterator[Fault]:
-    """Yield every fault that the table finds in an example."""
-    messages = [(m.role or "message", f"message {number}: ", m) for number, m in enumerate(example.messages, 1)]
-    for subject, place, judged in [("example", "", example), *messages]:
-        for rule in RULES_FOR[subject]:
-            if found := rule.find(judged):
+def faults_in(example: Example, first: int | None = 1) -> Iterator[Fault]:
+    """Yield every fault that the table finds in an example, its messages numbered from `first` or not at all."""
+    for rule in EXAMPLE_RULES:
+        if found := rule.find(example):
+            yield Fault(rule.kind, rule.sentence.format(found))
+    for number, message in enumerate(example.messages, first or 0):
+        for rule in RULES_FOR[message.role]:
+            if found := rule.find(message):
+                place = "" if first is None else f"message {number}: "
                 yield Fault(rule.kind, place + rule.sentence.format(found))
 
 
@@ -575,14 +558,12 @@ class TokenCounter:
     model and o200k_base stands in; or "estimated", where the vocabulary cannot be had."""
 
     def __init__(self, model: str):
-        self.encoding_name, self.counted, self.encoding = "o200k_base", "approximate", None
-        why = "tiktoken is not installed"
-        with suppress(ModuleNotFoundError):
-            import tiktoken  # imported here, so that --help does not wait for it
+        import tiktoken  # imported here, so that --help does not wait for it
 
-            with suppress(KeyError):
-                self.encoding_name, self.counted = tiktoken.encoding_name_for_model(base_model(model)), "exact"
-            self.encoding, why = load_encoding(self.encoding_name)
+        self.encoding_name, self.counted = "o200k_base", "approximate"
+        with suppress(KeyError):
+            self.encoding_name, self.counted = tiktoken.encoding_name_for_model(base_model(model)), "exact"
+        self.encoding, why = load_encoding(self.encoding_name)
         if self.encoding is None:
             self.counted = "estimated"
             print(f"warning: {why}, so token counts are estimates (bytes / 4).", file=sys.stderr)
@@ -605,14 +586,8 @@ class TokenCounter:
     def example_tokens(self, example: Example, counts: dict[str, int]) -> tuple[int, int]:
         """Return (all tokens, those trained on) of an example, whose texts have been counted."""
         trained = sum(counts[text] for text in example.trained_texts)
-        total = PRIMING_TOKENS + trained + sum(counts[text] for text in example.other_texts)
-        for message in example.messages:
-            total += MESSAGE_TOKENS + NAME_TOKENS * ("name" in message.raw) + IMAGE_TOKENS * len(message.images)
-        for function in example.functions:  # 7, 3, 12: the Cookbook's figures, found by comparing with the API
-            properties = properties_of(function).values()
-            total += (10 if self.encoding_name == "cl100k_base" else 7) + 3 * bool(properties) + 3 * len(properties)
-            total += sum(3 * len(enum_of(value)) - 3 for value in properties if enum_of(value))
-        return total + 12 * bool(example.functions), trained
+        total = example.format_tokens + trained + sum(counts[text] for text in example.other_texts)
+        return total + 3 * len(example.functions) * (self.encoding_name == "cl100k_base"), trained
 
 
 def load_encoding(name: str) -> tuple[Any, str]:
@@ -650,7 +625,7 @@ TURN = "\0"  # between the messages of a prompt
 
 def said(messages: Iterable[Message]) -> bytes:
     """What messages say, without what does not change it: case, white space and Unicode form."""
-    texts = [m.content if isinstance(m.content, str) and not m.calls else render([m.content, m.calls]) for m in messages]
+    texts = [render([m.content, m.calls]) if m.parts or m.calls else "".join(m.texts) for m in messages]
     plain = unicodedata.normalize("NFKC", TURN.join(texts)).casefold().encode("utf-8", "surrogatepass")
     return plain.translate(None, b" \t\n\r\v\f")
 
@@ -659,26 +634,29 @@ class FirstPlaces:
     """Where each thing stood first. SQLite keeps it in a temporary file, so that memory does not grow with the rows."""
 
     def __init__(self):
+        import sqlite3  # imported here, so that --help does not wait for it
+
         self.database = sqlite3.connect("")
         self.database.execute("PRAGMA journal_mode = OFF")
         self.database.execute("PRAGMA cache_size = -32000")  # KB
         self.database.execute("CREATE TABLE first (thing INTEGER PRIMARY KEY, place TEXT)")
 
-    def get(self, thing: Any) -> str | None:
+    def find(self, thing: Any) -> str | None:
         found = self.database.execute("SELECT place FROM first WHERE thing = ?", (hash(thing),)).fetchone()
         return found and found[0]
 
-    def setdefault(self, thing: Any, place: str) -> str:
-        insert = "INSERT OR IGNORE INTO first VALUES (?, ?)"
-        return place if self.database.execute(insert, (hash(thing), place)).rowcount else self.get(thing) or place
+    def meet(self, thing: Any, place: str) -> str | None:
+        """Return where a thing stood before; None if it is new, and then remember it."""
+        insertion = self.database.execute("INSERT OR IGNORE INTO first VALUES (?, ?)", (hash(thing), place))
+        return None if insertion.rowcount else self.find(thing)
 
 
 class Comparer:
     """Sorts rows, and warns of what one says against those before it and against the test cases."""
 
     def __init__(self, held_out: str | None, validation_split: float, check: bool):
-        self.validation_split, self.check, self.first = validation_split, check, FirstPlaces()
         self.held_out_file, self.held_out = held_out, read_held_out(held_out) if held_out else {}
+        self.validation_split, self.check, self.places = validation_split, check, FirstPlaces()
         self.first_system: tuple[bytes, str] | None = None
         self.told_of_system = False
 
@@ -686,34 +664,38 @@ class Comparer:
         """Set row.side, where the row goes; `source` is "training" or "validation", the file it stands in."""
         if not row.is_valid:
             row.side = "rejected"
-        if not row.is_valid or row.example is None:
-            return
-        messages, place, row.side = row.example.messages, f"{row.file}:{row.line}", source
-        last = max(number for number, message in enumerate(messages) if message.role == "assistant")
-        prompt = said(message for message in messages[:last] if message.role != "system")
-        system = said(row.example.of("system")) + render(row.example.raw.get("tools")).encode()
-        if source == "validation":
-            if earlier := self.first.get((system, prompt)):
+        elif row.example:  # else it is a blank line
+            messages, row.side = row.example.messages, source
+            last = max(number for number, message in enumerate(messages) if message.role == "assistant")
+            prompt = said(message for message in messages[:last] if message.role != "system")
+            system = said(message for message in messages if message.role == "system")
+            known_as = (prompt, system, render(row.example.raw.get("tools")))
+            if source == "training":
+                self.compare(row, known_as, said(messages[last:]))
+            elif earlier := self.places.find(known_as):
                 row.fault("validation-overlap", f"the same prompt as {earlier} in training; keep it in one of the two")
-            return
-        if in_validation(prompt, self.validation_split):
+
+    def compare(self, row: "Row", known_as: tuple, answer: bytes):
+        (prompt, system, _), place = known_as, f"{row.file}:{row.line}"
+        same_prompt = self.places.meet(known_as, place)
+        alike = self.places.meet((known_as, answer), place)
+        same = self.places.meet(row.data, place)
+        if same:
+            row.fault("duplicate", f"the same as {same}; " + ("delete one" if self.check else "left out"))
+        elif alike:
+            row.fault("duplicate", f"the same as {alike} but for case, white space or Unicode form; keep one")
+        elif same_prompt:
+            row.fault("conflicting-answer", f"the prompt of {same_prompt} with another answer; keep the better one")
+        if same and not self.check:
+            row.side = "repeated"
+        elif self.validation_split and in_validation(prompt, self.validation_split):
             row.side = "validation"
-        earlier_prompt = self.first.setdefault((system, prompt), place)
-        earlier_row = self.first.setdefault((system, prompt, said(messages[last:])), place)
-        earlier_line = self.first.setdefault(row.data, place)
-        if earlier_line != place:
-            row.side = row.side if self.check else "repeated"
-            row.fault("duplicate", f"the same as {earlier_line}; " + ("delete one" if self.check else "left out"))
-        elif earlier_row != place:
-            row.fault("duplicate", f"the same as {earlier_row} but for case, white space or Unicode form; keep one")
-        elif earlier_prompt != place:
-            row.fault("conflicting-answer", f"the same prompt as {earlier_prompt} with another answer; keep the better one")
         self.first_system = self.first_system or (system, place)
         if system != self.first_system[0] and not self.told_of_system:
-            row.fault("differing-system", f"another system message or other tools than {self.first_system[1]}; told once")
+            row.fault("differing-system", f"another system message than {self.first_system[1]}; this is told once")
             self.told_of_system = True
         for case in {prompt, *prompt.split(TURN.encode())} & self.held_out.keys():
-            row.fault("held-out", f"{self.held_out[case]} of {self.held_out_file}: a test must be new to the model; delete it")
+            row.fault("held-out", f"{self.held_out[case]} of {self.held_out_file}; a test must be new to the model")
 
 
 def in_validation(prompt: bytes, split: float) -> bool:
@@ -728,15 +710,15 @@ def read_held_out(path: str) -> dict[bytes, str]:
         try:
             cases = json.loads("".join(decoded(file, path)))
             cases = cases.get("cases", [cases]) if isinstance(cases, dict) else cases
-        except ValueError:
-            cases = [value for _, value in read_jsonl(path)]
+        except (ValueError, RecursionError):
+            cases = [value for _, value, _ in read_records(path)]
     prompts = {}
     for number, case in enumerate(cases if isinstance(cases, list) else [None], 1):
         if not isinstance(case, dict) or not isinstance(case.get("question"), str):
             raise StepError(f"{path}: test case {number} has no `question`.")
-        turns = [*(case.get("history") or []), {"role": "user", "content": case["question"]}]
-        prompt = said(turn for turn in map(Message, turns) if turn.role != "system")
-        prompts[prompt] = f"test case {case.get('id', number)}"
+        history = case["history"] if isinstance(case.get("history"), list) else []
+        turns = [Message(turn) for turn in [*history, {"role": "user", "content": case["question"]}]]
+        prompts[said(turn for turn in turns if turn.role != "system")] = f"test case {case.get('id', number)}"
     return prompts
 
 
@@ -750,6 +732,7 @@ class Row:
     file: str
     line: int
     record: Any
+    text: str = ""  # of the record, as it stood
     example: Example | None = None
     data: bytes = b""  # the line to write
     tokens: int = 0
@@ -758,17 +741,17 @@ class Row:
     problems: list[Problem] = field(default_factory=list)
 
     def fault(self, kind: str, message: str):
-        self.problems.append(Problem(self.file, self.line, LEVELS[kind], kind, SECRET.sub("[secret]", message)))
+        self.problems.append(Problem(self.file, self.line, LEVELS[kind], kind, message))
 
     @property
     def is_valid(self) -> bool:
         return all(problem.level != "error" for problem in self.problems)
 
     def as_rejected(self) -> bytes:
-        """The line that --rejected keeps: where the row stood, why it cannot be trained on, and the record as it was."""
-        reasons = [f"{problem.kind}: {problem.message}" for problem in self.problems if problem.level == "error"]
-        record = self.record.text if isinstance(self.record, Fault) else self.record
-        return json.dumps({"file": self.file, "line": self.line, "reasons": reasons, "record": record}).encode() + b"\n"
+        """The line that --rejected keeps: where the row stood, what is wrong with it, and the record as it was."""
+        errors = [f"{problem.kind}: {problem.message}" for problem in self.problems if problem.level == "error"]
+        record = self.text if isinstance(self.record, Fault) else self.record
+        return json.dumps({"file": self.file, "line": self.line, "errors": errors, "record": record}).encode() + b"\n"
 
 
 @dataclass
@@ -779,6 +762,7 @@ class Report:
     encoding: str
     counted: str  # "exact", "approximate" or "estimated": see TokenCounter
     price: float | None  # USD per 1M training tokens; 0.0 on the local API, None where no price is known
+    telling: Callable[[Problem], None] | None = None  # told each problem; without it `problems` keeps them
     records: int = 0
     invalid: int = 0
     duplicates: int = 0
@@ -796,7 +780,15 @@ class Report:
     problems: list[Problem] = field(default_factory=list)
     sizes: Counter = field(default_factory=Counter)  # {tokens: how many examples have that many}
 
+    def tell(self, problem: Problem):
+        self.errors += problem.level == "error"
+        self.warnings += problem.level == "warning"
+        self.blocked |= problem.kind in FILE_ERRORS
+        (self.telling or self.problems.append)(problem)
+
     def add(self, row: Row):
+        for problem in row.problems:
+            self.tell(problem)
         self.records += row.side != ""
         self.invalid += row.side == "rejected"
         self.duplicates += row.side == "repeated"
@@ -829,11 +821,13 @@ class Report:
         """USD for this many epochs; None where no price is known."""
         return None if self.price is None else self.tokens * epochs * self.price / 1e6
 
-    def size_at(self, share: float) -> int:
-        """The tokens that this share of the examples does not exceed: 0.5 is the median."""
-        rank = max(1, math.ceil(share * self.examples))
-        ranks = zip(sorted(self.sizes), itertools.accumulate(self.sizes[size] for size in sorted(self.sizes)), strict=True)
-        return next((size for size, up_to in ranks if up_to >= rank), 0)
+    def tokens_per_example(self) -> dict[str, int]:
+        sizes = sorted(self.sizes)
+        up_to = list(itertools.accumulate(self.sizes[size] for size in sizes))  # examples of at most this size
+        shares = {"min": 0.0, "median": 0.5, "p95": 0.95, "max": 1.0}
+        return {
+            name: sizes[bisect_left(up_to, share * self.examples)] if sizes else 0 for name, share in shares.items()
+        }
 
 
 def auto_epochs(examples: int) -> int:
@@ -871,7 +865,7 @@ class AtomicFile:
         self.temporary = self.path.with_name(f".{self.path.name}.{os.getpid()}.tmp")
         if self.path.is_dir():
             raise StepError(f"{path} is a folder; name a file.")
-        self.file = open(self.temporary, "wb")  # noqa: SIM115 (closed in __exit__)
+        self.file = open(self.temporary, "wb", buffering=CHUNK_BYTES)  # noqa: SIM115 (closed in __exit__)
 
     def __enter__(self) -> "AtomicFile":
         return self
@@ -924,7 +918,8 @@ class TrainingDataPreparator:
 
         load_dotenv()
         self.model = model or os.environ.get("FINE_TUNE_MODEL") or DEFAULT_MODEL
-        self.system, self.counter = system, TokenCounter(self.model)
+        self.system = {"role": "system", "content": system} if system else None
+        self.counter = TokenCounter(self.model)
 
     def format_qa_pair(self, question: str, answer: str) -> dict:
         """Return the example {"messages": [system, user, assistant]}."""
@@ -932,18 +927,19 @@ class TrainingDataPreparator:
 
     def validate_example(self, example: dict) -> list[Problem]:
         """Return what is wrong with one example, judged as it would be uploaded; an empty list if nothing is."""
-        return [problem for row in self.judge([("example", 1, example)], check=True) for problem in row.problems]
+        rows = self.judge([("example", 1, example, "")], check=True)
+        return [problem for row in rows for problem in row.problems]
 
     def count_tokens(self, what: str | list[dict] | dict) -> int:
         """Return the tokens of a text, of a list of messages, or of an example with its messages and tools."""
         if isinstance(what, str):
             return self.counter.count([what])[what]
         example = Example(what if isinstance(what, dict) else {"messages": what})
-        return self.counter.example_tokens(example, self.counter.count(example.trained_texts + example.other_texts))[0]
+        return self.counter.example_tokens(example, self.counter.count(example.texts))[0]
 
     def prepare_data(
         self,
-        inputs: str | list,
+        inputs: str | os.PathLike | list,
         output: str | None = None,
         *,
         check: bool = False,
@@ -953,47 +949,47 @@ class TrainingDataPreparator:
         held_out: str | None = None,
         rejected: str | None = None,
         tell: Callable[[Problem], None] | None = None,
+        progress: Callable[[int], None] | None = None,
     ) -> Report:
-        """Judge `inputs` (a path, a list of paths or of records) and write what can be trained on to `output`, if given.
+        """Judge `inputs` (a path, or a list of paths or records); write what can be trained on to `output`, if given.
 
         With `check` the inputs are judged as an upload would be, and with them the validation file that
-        validation_output names. Each Problem goes to `tell`, else into Report.problems. Prints nothing. Raises
-        StepError for a file that cannot be read or written.
+        validation_output names. Each Problem goes to `tell`, or into Report.problems; `progress` is called now and then
+        with the number of records. Prints nothing. Raises StepError for a file that cannot be read or written.
         """
-        report = Report(self.model, self.counter.encoding_name, self.counter.counted, training_price(self.model))
+        given = inputs if isinstance(inputs, list) else [inputs]
+        report = Report(self.model, self.counter.encoding_name, self.counter.counted, training_price(self.model), tell)
         comparer = Comparer(held_out, validation_split, check)
-        paths = {"training": output, "validation": validation_output, "rejected": rejected}
-        sources = [("training", inputs)] + [("validation", validation_output)] * bool(check and validation_output)
-
-        def add(problems: Iterable[Problem]):
-            for problem in problems:
-                report.errors += problem.level == "error"
-                report.warnings += problem.level == "warning"
-                report.blocked |= problem.kind in FILE_ERRORS
-                (tell or report.problems.append)(problem)
-
+        paths = {"training": output, "validation": validation_split and validation_output, "rejected": rejected}
+        sources = {"training": given} | ({"validation": [validation_output]} if check and validation_output else {})
         with explained_file_errors(), ExitStack() as stack:
             files = {side: stack.enter_context(AtomicFile(path)) for side, path in paths.items() if path and not check}
-            for source, given in sources:
-                for row in self.judge(records_of(given, check), check):
+            for source, records in sources.items():
+                for row in self.judge(records_of(records, check), check):
                     comparer.sort(row, source)
                     report.add(row)
-                    add(row.problems)
                     if row.side in files:
                         files[row.side].file.write(row.as_rejected() if row.side == "rejected" else row.data)
-            add(file_problems(report, inputs, files.get("training"), validation_split))
+                    if progress and report.records % 1000 == 0:
+                        progress(report.records)
+            names = [os.fspath(item) for item in given if isinstance(item, (str, os.PathLike))]
+            size = files["training"].file.tell() if output else max(map(os.path.getsize, names), default=0)
+            for kind, message in file_faults(report, size, validation_split):
+                report.tell(Problem(output or (names or ["examples"])[0], None, LEVELS[kind], kind, message))
             if not report.blocked and not (strict and report.invalid):
                 report.written = {file.name: file.commit() for file in files.values()}
         return report
 
-    def judge(self, records: Iterable[tuple[str, int, Any]], check: bool) -> Iterator[Row]:
-        """Yield a row for each (file, line, value), in order: judged here, its tokens counted by threads in blocks."""
+    def judge(self, records: Iterable[tuple[str, int, Any, str]], check: bool) -> Iterator[Row]:
+        """Yield a row for each (file, line, value, text), in order; threads count the tokens, block by block."""
+        from concurrent.futures import ThreadPoolExecutor  # imported here, so that --help does not wait for it
+
         threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         waiting: deque = deque()
         block, size = [], 0
         with ThreadPoolExecutor(threads) as pool:
-            for file, line, value in records:
-                row = self.judged_row(file, line, value, check)
+            for record in records:
+                row = self.judged_row(Row(*record), check)
                 block.append(row)
                 size += 1000 + len(row.data)
                 if size > BLOCK_BYTES:
@@ -1005,62 +1001,63 @@ class TrainingDataPreparator:
                 yield from waiting.popleft().result()
         yield from self.count_block(block)
 
-    def judged_row(self, file: str, line: int, value: Any, check: bool) -> Row:
-        row = Row(file, line, value)
-        if not isinstance(value, Fault) and not (check and isinstance(value, dict)):
-            value = to_example(value, self.system)
-        if isinstance(value, Fault):
-            row.fault(value.kind, value.message)
+    def judged_row(self, row: Row, check: bool) -> Row:
+        is_example = check and isinstance(row.record, dict)
+        example = row.record if is_example or isinstance(row.record, Fault) else to_example(row.record, self.system)
+        if isinstance(example, Fault):
+            row.fault(example.kind, example.message)
             return row
-        row.example = Example(value)
-        for kind, message, _ in faults_in(row.example):
-            row.fault(kind, message)
         try:
-            row.data = render(value).encode() + b"\n"
+            row.example = Example(example)
+            added = any(message.raw is self.system for message in row.example.messages[:1])
+            first = (0 if added else 1) if "messages" in row.record else None  # the reader's own messages count from 1
+            for fault in faults_in(row.example, first):
+                row.fault(fault.kind, fault.message)
+            # A line that stays as it is need not be made again. Escapes are made again: half characters hide in them.
+            is_line = example is row.record and row.text and "\n" not in row.text and "\\u" not in row.text
+            row.data = (row.text if is_line else render(example)).encode() + b"\n"
         except UnicodeEncodeError:
             row.fault("lone-surrogate", "the text holds half of a character (\\ud800 to \\udfff); delete or mend it")
-        except (ValueError, RecursionError):
-            row.fault("invalid-json", "a number is too large, or the record nested too deeply, to be written as JSON")
+        except RecursionError:
+            row.record = None  # --rejected could not write it either
+            row.fault("invalid-json", "the record is nested too deeply")
+        except ValueError:
+            row.fault("invalid-json", "a number is not finite, which JSON cannot say; write another or delete it")
         return row
 
     def count_block(self, rows: list[Row]) -> list[Row]:
         limit = TOKEN_LIMITS.get(base_model(self.model), TOKEN_LIMIT)
         examples = [(row, row.example) for row in rows if row.example and not row.example.has_blank_run]
-        counts = self.counter.count(text for _, example in examples for text in example.trained_texts + example.other_texts)
+        counts = self.counter.count(text for _, example in examples for text in example.texts)
         for row, example in examples:
             row.tokens, row.trained_tokens = self.counter.example_tokens(example, counts)
             if row.tokens > limit:
-                row.fault("too-many-tokens", f"{row.tokens:,} tokens; {self.model} takes {limit:,}, and what is over, "
-                                             "the end of the answer, is cut off; shorten it")
+                over = f"{row.tokens:,} tokens, of which {self.model} reads the first {limit:,}"
+                row.fault("too-many-tokens", f"{over}: the end, which is the answer, would be cut off; shorten it")
         return rows
 
 
-def records_of(inputs: str | list, check: bool) -> Iterator[tuple[str, int, Any]]:
-    """Yield (file, line, value) for each record of a path, a list of paths or a list of records."""
-    for number, given in enumerate([inputs] if isinstance(inputs, str) else inputs, 1):
-        if isinstance(given, str):
-            yield from ((given, line, value) for line, value in read_records(given, check))
+def records_of(inputs: list, check: bool) -> Iterator[tuple[str, int, Any, str]]:
+    """Yield (file, line, value, text) for each record of a list of paths, or of records."""
+    for number, given in enumerate(inputs, 1):
+        if isinstance(given, (str, os.PathLike)):
+            yield from ((os.fspath(given), *record) for record in read_records(os.fspath(given), check))
         else:
-            yield "examples", number, given
+            yield "examples", number, given, ""
 
 
-def file_problems(report: Report, inputs: str | list, output: AtomicFile | None, split: float) -> Iterator[Problem]:
-    """Yield what is wrong with the training file as a whole."""
-    paths = [path for path in ([inputs] if isinstance(inputs, str) else inputs) if isinstance(path, str)]
-    name = output.name if output else ", ".join(paths) or "examples"
-    size = output.file.tell() if output else sum(map(os.path.getsize, paths))
+def file_faults(report: Report, size: int, validation_split: float) -> Iterator[Fault]:
+    """Yield what is wrong with a training file of `size` bytes as a whole."""
     if report.examples < MIN_EXAMPLES:
-        message = f"{report.examples} valid examples; the API takes no fewer than {MIN_EXAMPLES}"
-        yield Problem(name, None, "error", "too-few-examples", message)
+        yield Fault("too-few-examples", f"{report.examples} valid examples; training takes {MIN_EXAMPLES} or more")
     elif report.examples < ADVISED_EXAMPLES:
-        message = f"{report.examples} examples; improvement is seldom seen with fewer than {ADVISED_EXAMPLES}"
-        yield Problem(name, None, "warning", "few-examples", message)
-    if split and not report.validation_examples:
-        yield Problem(name, None, "error", "too-few-examples", f"no prompt falls into a validation split of {split}; raise it")
+        yield Fault("few-examples", f"{report.examples} examples; with fewer than {ADVISED_EXAMPLES} little is learnt")
+    if validation_split and not report.validation_examples:
+        yield Fault("too-few-examples", f"no prompt falls into a validation split of {validation_split}; raise it")
     if size > MAX_FILE_BYTES:
-        message = (f"{size / 2**20:,.0f} MB; an upload may have {MAX_FILE_BYTES // 2**20}: divide it and train on the parts in "
-                   "turn (--model takes a fine-tuned model), or send it with client.uploads.upload_file_chunked")
-        yield Problem(name, None, "error", "file-too-large", message)
+        over = f"{size / 2**20:,.0f} MB, and an upload may have {MAX_FILE_BYTES // 2**20}"
+        cure = "train on parts of it in turn, or send it in parts (client.uploads.upload_file_chunked)"
+        yield Fault("file-too-large", f"{over}; {cure}")
 
 
 def validate_training_data(examples: Iterable[dict]) -> list[Problem]:
@@ -1085,9 +1082,10 @@ def build_parser() -> argparse.ArgumentParser:
     add("--system", default=SYSTEM_PROMPT, metavar="TEXT", help="system message where a record has none")
     add("--model", help=f"base model (default: FINE_TUNE_MODEL, else {DEFAULT_MODEL})")
     add("--validation-split", type=share, default=0.0, metavar="F", help="set this share of the prompts apart, say 0.1")
-    add("--validation-output", metavar="FILE",
-        help=f"where they go (default: {DEFAULT_VALIDATION_OUTPUT}); with --check: a validation file to judge too")
-    add("--held-out", metavar="FILE", help="test cases that training must not see (default: test_cases.json beside INPUT)")
+    where = f"where to (default: {DEFAULT_VALIDATION_OUTPUT}); with --check: a validation file to judge too"
+    add("--validation-output", metavar="FILE", help=where)
+    cases = "test cases that training must not see (default: test_cases.json beside INPUT, if there)"
+    add("--held-out", metavar="FILE", help=cases)
     add("--rejected", metavar="FILE", help="keep the rows that cannot be trained on, with the reasons")
     add("--strict", action="store_true", help="write nothing if one row has an error")
     add("--json", action="store_true", help="print one JSON document and nothing else")
@@ -1103,22 +1101,27 @@ def share(text: str) -> float:
 def run(args: argparse.Namespace) -> int:
     if args.check and (args.output or args.rejected or args.validation_split):
         raise StepError("--check writes nothing: leave -o, --rejected and --validation-split away.")
-    inputs = args.inputs or [DEFAULT_OUTPUT if args.check else os.path.relpath(DEFAULT_INPUT)]
+    if args.validation_output and not (args.check or args.validation_split):
+        raise StepError("--validation-output needs --validation-split, the share that goes there.")
+    tutorial = DEFAULT_INPUT if os.path.exists(DEFAULT_INPUT) else str(HERE / DEFAULT_INPUT)
+    inputs = args.inputs or [DEFAULT_OUTPUT if args.check else tutorial]
     output = None if args.check else args.output or DEFAULT_OUTPUT
     validation_output = args.validation_output or (DEFAULT_VALIDATION_OUTPUT if args.validation_split else None)
     beside = os.path.join(os.path.dirname(inputs[0]), "test_cases.json")
     held_out = args.held_out or (beside if os.path.exists(beside) else None)
     refuse_overwriting([*inputs, held_out], [] if args.check else [output, validation_output, args.rejected])
-    report = TrainingDataPreparator(args.model, args.system).prepare_data(
-        inputs, output, check=args.check, strict=args.strict, validation_split=args.validation_split,
-        validation_output=validation_output, held_out=held_out, rejected=args.rejected,
-        tell=None if args.json else lambda problem: print(problem, file=sys.stderr),
-    )
+    options = {"check": args.check, "strict": args.strict, "validation_split": args.validation_split}
+    options |= {"validation_output": validation_output, "held_out": held_out, "rejected": args.rejected}
+    if not args.json:
+        options["tell"] = lambda problem: print(problem, file=sys.stderr)
+    if sys.stderr.isatty():
+        options["progress"] = lambda records: print(f"{records:,} records\r", end="", file=sys.stderr, flush=True)
+    report = TrainingDataPreparator(args.model, args.system).prepare_data(inputs, output, **options)
     if args.json:
         print(json.dumps(as_document(report), indent=2))
     else:
         print_report(report, held_out)
-        print_next(report, args, validation_output)
+        print_outcome(report, args, validation_output)
     return 1 if report.blocked or (args.check and report.errors) or (args.strict and report.invalid) else 0
 
 
@@ -1132,57 +1135,59 @@ def refuse_overwriting(read: list, written: list):
 
 def as_document(report: Report) -> dict:
     """What --json prints."""
-    document = {key: value for key, value in vars(report).items() if key not in ("problems", "sizes")}
-    per_example = {name: report.size_at(at) for name, at in (("min", 0), ("median", 0.5), ("p95", 0.95), ("max", 1))}
-    document |= {"tokens_per_example": per_example, "epochs": report.epochs, "billed_tokens": report.billed_tokens}
-    document |= {"estimated_cost": report.estimated_cost, "prices_as_of": PRICES_DATE}
-    return document | {"problems": [problem._asdict() for problem in report.problems]}
+    document = {key: value for key, value in vars(report).items() if key not in ("problems", "sizes", "telling")}
+    document["tokens_per_example"] = report.tokens_per_example()
+    document |= {"epochs": report.epochs, "billed_tokens": report.billed_tokens, "prices_as_of": PRICES_DATE}
+    document |= {"estimated_cost": report.estimated_cost, "problems": [p._asdict() for p in report.problems]}
+    return document
 
 
 def print_report(report: Report, held_out: str | None):
-    note = {"exact": "", "approximate": f", approximate: tiktoken does not know {report.model}"}
-    sizes = [report.size_at(at) for at in (0, 0.5, 0.95, 1)]
+    how = {"exact": "", "approximate": f", approximate: tiktoken does not know {report.model}"}
+    sizes = ", ".join(f"{name} {size:,}" for name, size in report.tokens_per_example().items())
     cost = f"no price known for {report.model}"
     if report.price is not None:
-        cost = f"${report.estimated_cost:,.2f} ({report.model}: ${report.price:.2f} per 1M tokens, as of {PRICES_DATE})"
-    print(f"Records          {report.records:,}: {report.records - report.invalid:,} valid, {report.invalid:,} invalid, "
-          f"{report.duplicates:,} exact duplicates left out")
-    if report.ignored_columns:
-        print(f"Ignored columns  {named(report.ignored_columns)}")
-    print(f"Examples         {report.examples:,}" + f", and {report.validation_examples:,} for validation" * bool(report.validation_examples))
-    print(f"Messages         {report.messages:,}")
-    print(f"Tokens           {report.tokens:,} ({report.encoding}{note.get(report.counted, ', estimated: bytes / 4')})")
-    print("  per example    min {:,}, median {:,}, p95 {:,}, max {:,}".format(*sizes))
-    print_histogram(report.sizes)
-    print(f"  trained on     {report.trained_tokens:,} (assistant messages of weight 1)")
-    print(f"  billed         {report.billed_tokens:,} ({report.epochs} epochs, which is what `auto` chooses)")
-    print(f"Estimated cost   {'free (local API)' if report.price == 0 else cost}")
-    if held_out:
-        print(f"Test cases       {held_out} was compared with the training data")
+        rate = f"{report.model}: ${report.price:.2f} per 1M tokens, as of {PRICES_DATE}"
+        cost = f"${report.estimated_cost:,.2f} ({rate})" if report.price else "free: the local API trains it here"
+    lines = [
+        ("Records", f"{report.records:,}: {report.records - report.invalid:,} valid, {report.invalid:,} invalid"),
+        ("Left out", report.duplicates and f"{report.duplicates:,} exact duplicates"),
+        ("Ignored columns", named(report.ignored_columns)),
+        ("Examples", f"{report.examples:,}"),
+        ("  for validation", report.validation_examples and f"{report.validation_examples:,} others"),
+        ("Messages", f"{report.messages:,}"),
+        ("Tokens", f"{report.tokens:,} ({report.encoding}{how.get(report.counted, ', estimated: bytes / 4')})"),
+        ("  per example", "\n".join([sizes, *histogram(report.sizes)])),
+        ("  trained on", f"{report.trained_tokens:,} (assistant messages of weight 1)"),
+        ("  billed", f"{report.billed_tokens:,} ({report.epochs} epochs, as `auto` chooses)"),
+        ("Estimated cost", cost),
+        ("Test cases", held_out and f"{held_out} (compared with the training data)"),
+        ("Problems", f"errors {report.errors:,}, warnings {report.warnings:,}"),
+    ]
+    for name, value in lines:
+        if value:
+            print(f"{name:<17}{value}")
 
 
-def print_histogram(sizes: Counter, bars: int = 8):
-    low = min(sizes, default=0)
-    step = math.ceil((max(sizes, default=0) - low + 1) / bars)
-    heights = Counter({number: 0 for number in range((max(sizes, default=0) - low) // step + 1)})
-    for size, times in sizes.items():
-        heights[(size - low) // step] += times
-    for number, height in sorted(heights.items()) if sizes else ():
-        bounds = f"{low + number * step:,}-{low + (number + 1) * step - 1:,}"
-        print(f"    {bounds:>15}  {'#' * math.ceil(40 * height / max(heights.values()))} {height:,}")
+def histogram(sizes: Counter, bars: int = 8) -> Iterator[str]:
+    """Yield a line for each bar: its range of tokens and how many examples are in it."""
+    low, high = min(sizes, default=0), max(sizes, default=0)
+    step = (high - low) // bars + 1
+    heights = [sum(sizes[n] for n in sizes if start <= n < start + step) for start in range(low, high + 1, step)]
+    for number, height in enumerate(heights if sizes else []):
+        bounds = f"{low + number * step:,}-{low + number * step + step - 1:,}"
+        yield f"{bounds:>19}  {'#' * math.ceil(40 * height / max(heights))} {height:,}"
 
 
-def print_next(report: Report, args: argparse.Namespace, validation_output: str | None):
-    print(f"Problems         {report.errors:,} errors, {report.warnings:,} warnings\n")
-    for path, outcome in report.written.items():
-        print(f"{path}: {outcome}")
+def print_outcome(report: Report, args: argparse.Namespace, validation_output: str | None):
+    print("\n".join(["", *(f"{path}: {outcome}" for path, outcome in report.written.items())]))
     if report.written:
-        names = [args.output] * bool(args.output) + ["--validation-file", validation_output] * bool(report.validation_examples)
-        print("Next: " + " ".join(["python fine_tune.py", *map(str, names)]))
-    elif args.check and not report.errors:
-        print("No errors: this file can be uploaded.")
+        validation = f" --validation-file {validation_output}" if report.validation_examples else ""
+        print(f"Next: python fine_tune.py{' ' + args.output if args.output else ''}{validation}")
+    elif args.check:
+        print("This file cannot be trained on as it is." if report.errors else "No errors: this file can be uploaded.")
     else:
-        print("Nothing was written." if not args.check else "Errors: this file cannot be trained on as it is.")
+        print("Nothing was written: correct the errors and run this again.")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -1195,8 +1200,11 @@ def main(argv: list[str] | None = None) -> int:
     except StepError as error:
         print(error, file=sys.stderr)
         return error.exit_code
+    except ModuleNotFoundError as error:
+        print(f"{error.name} is not installed: python -m pip install -r requirements.txt", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
-        print("\nInterrupted: no file has changed. Run the same command again.", file=sys.stderr)
+        print("\nInterrupted; no file is half written. Run the same command again.", file=sys.stderr)
         return 130
     except BrokenPipeError:  # the reader of stdout, such as head, has had enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

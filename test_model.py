@@ -22,7 +22,6 @@ import argparse
 import base64
 import hashlib
 import html
-import itertools
 import json
 import math
 import os
@@ -83,7 +82,15 @@ class StepError(Exception):
 
 
 def server_settings():
-    """Return (API key, base URL) of the server that the environment or .env names (StepError if none is named)."""
+    """Return (API key, base URL) of the server that the environment or .env names (StepError if of no use)."""
+    from importlib.util import find_spec
+
+    for package, module in (("openai", "openai"), ("python-dotenv", "dotenv")):
+        if not find_spec(module):
+            raise StepError(
+                f"{package} is not installed here: activate the virtual environment (source .venv/bin/activate) "
+                "or run python -m pip install -r requirements.txt"
+            )
     from dotenv import load_dotenv
 
     load_dotenv()
@@ -95,22 +102,50 @@ def server_settings():
         )
     # A stray line end in the key would come back in the error text of the HTTP library, key and all.
     # An empty OPENAI_BASE_URL would reach the SDK as an empty address, so the default is spelled out.
-    return (api_key or "").strip() or "not-needed", base_url or "https://api.openai.com/v1"
+    api_key, base_url = (api_key or "").strip() or "not-needed", base_url or "https://api.openai.com/v1"
+    if not (api_key.isascii() and api_key.isprintable()):
+        raise StepError("OPENAI_API_KEY holds a character that no key has, such as a typographic dash: paste it again.")
+    try:
+        usable = urlsplit(base_url).scheme in ("http", "https") and urlsplit(base_url).hostname
+    except ValueError:  # a bracket or a port that is none
+        usable = False
+    if not usable:
+        raise StepError(
+            f"OPENAI_BASE_URL is {base_url!r}, which is no address: begin it with http:// or https://, "
+            "as in http://127.0.0.1:8321/v1"
+        )
+    return api_key, base_url
+
+
+def same_server(one: str | None, other: str | None) -> bool:
+    """Tell whether two base URLs name one server: localhost is 127.0.0.1, and a slash at the end is nothing."""
+
+    def plain(base_url):
+        address = urlsplit((base_url or "").rstrip("/"))
+        local = address.hostname in ("localhost", "127.0.0.1", "::1")
+        return address.scheme, "localhost" if local else address.hostname, address.port, address.path
+
+    return plain(one) == plain(other)
 
 
 def connect(timeout: float = 600):
     """Return the client for that server; `timeout`: seconds without an answer before a request counts as lost."""
+    api_key, base_url = server_settings()
     import openai  # imported here: it takes half a second that --help should not cost
 
     def refuse_web_page(response):  # what a proxy or a wrong address answers; the SDK would hand it on as a bare string
         if response.is_success and "html" in response.headers.get("content-type", ""):
             raise openai.APIError("a web page", response.request, body=None)
 
-    api_key, base_url = server_settings()
     address = urlsplit(base_url)
     if address.scheme == "http" and address.hostname not in ("localhost", "127.0.0.1", "::1"):
         print(f"warning: plain http to {address.hostname}: your key can be read on the way.", file=sys.stderr)
-    timeout = float(os.environ.get("FINE_TUNE_TIMEOUT") or timeout)
+    try:
+        timeout = float(os.environ.get("FINE_TUNE_TIMEOUT") or timeout)
+        if not 0 < timeout < 1e6:
+            raise ValueError
+    except ValueError:
+        raise StepError("FINE_TUNE_TIMEOUT must be a number of seconds, such as 60.") from None
     http_client = openai.DefaultHttpxClient(event_hooks={"response": [refuse_web_page]})
     return openai.OpenAI(api_key=api_key, base_url=base_url, timeout=timeout, http_client=http_client)
 
@@ -129,7 +164,8 @@ def server_errors_explained(client):
     server = str(client.base_url)
 
     def clean(text) -> str:  # one line, and no key in it even where the server repeats it
-        return " ".join(str(text).split()).replace(client.api_key, "[key]").rstrip(".")
+        text = " ".join(str(text).split()).rstrip(".")
+        return text if len(client.api_key) < 16 else text.replace(client.api_key, "[key]")  # "local" is no secret
 
     try:
         yield
@@ -154,12 +190,27 @@ def server_errors_explained(client):
             413: "the file is larger than this server accepts; split it or shorten it",
             429: "too many requests; wait a little and run the same command again",
         }.get(code, otherwise)
+        if code == 404 and not server.rstrip("/").endswith("/v1"):
+            sentence += ", which ends in /v1 on most servers"
         if code == 429 and out_of_credit(error):
             sentence = "no credit is left or a spending limit is reached, and waiting does not help; see your plan"
         sentence = f"{server} answered {code}: {sentence}. It said: {clean(said or error.message)}."
         raise StepError(sentence, 4 if code == 429 or code >= 500 else 2) from None
     except (openai.APIError, json.JSONDecodeError) as error:  # an error event in a stream, a body that is not JSON
         raise StepError(f"{server} sent an answer that cannot be read: {clean(error)}.", 4) from None
+
+
+def deleted(client, model: str | None) -> bool:
+    """Tell whether a fine-tuned model is gone: the server lists its models, and this one is not among them."""
+    import openai
+
+    if not (model or "").startswith("ft:"):  # servers with other names list a model only once it is deployed
+        return False
+    try:
+        names = {listed.id for listed in client.models.list()}
+    except (openai.APIError, json.JSONDecodeError):
+        return False  # this answers no question of the reader's, so it may stay open
+    return bool(names) and model not in names
 
 
 def read_job_record(path: str = "fine_tune_job.json") -> dict:
@@ -172,7 +223,7 @@ def read_job_record(path: str = "fine_tune_job.json") -> dict:
         return record
     except FileNotFoundError:
         return {}
-    except ValueError:
+    except (OSError, ValueError):
         raise StepError(f"{path} is not readable JSON; move it away, or name the job or model yourself.") from None
 
 
@@ -184,8 +235,8 @@ def read_job_record(path: str = "fine_tune_job.json") -> dict:
 # What an answer states, as far as a pattern can tell: prices, URLs, plans and limits.
 STATEMENTS = (
     r"[$€£]\s?\d(?:[\d,.]*\d)?|\b\d(?:[\d,.]*\d)?\s?(?:USD|EUR|GBP|dollars?|euros?|pounds?)\b",
-    r"\b(?:https?://|www\.)[^\s<>()\[\]\"'`*]+|\b[\w.+-]+@[\w-]+(?:\.[\w-]+)+"
-    r"|\b(?:[\w-]+\.)+(?:com|org|net|io|app|dev|ai|example)\b(?:/[^\s<>()\[\]\"'`*]*)?",
+    r"\b(?:https?://|www\.)[^\s<>()\[\]\"'`*]*[\w/]|\b[\w.+-]+@[\w-]+(?:\.[\w-]+)+"
+    r"|\b(?:[\w-]+\.)+(?:com|org|net|io|app|dev|ai|example)\b(?:/(?:[^\s<>()\[\]\"'`*]*[\w/])?)?",
     r"\b(?!(?:A|An|All|Any|Billing|Cancel|Change|Choose|Compare|Current|Each|Every|Manage|My|New|No|Our|Paid|Pick|Select|"
     r"The|This|Update|Upgrade|Which|Your) )([A-Z][\w-]*) [Pp]lans?\b",
     r"\b\d(?:[\d,.]*\d)?[ -]?(?:%|(?:percent|[KMGT]i?B|users?|seats?|members?|guests?|people|projects?|boards?|rows?|"
@@ -213,7 +264,7 @@ def read_facts(path: Path) -> set[str]:
         return {comparable(text) for text in texts}.union(*map(statements, texts))
     except FileNotFoundError:
         return set()
-    except (ValueError, AttributeError, TypeError):
+    except (ValueError, AttributeError, TypeError, RecursionError):
         raise StepError(f"{path} is not a JSON object of lists of strings.") from None
 
 
@@ -231,10 +282,11 @@ def unknown_statements(answer: str, known: set[str]) -> str:
 # A check gets (answer, value, known statements) and returns what is wrong, or "". A new kind is a line here and, if its
 # value is not a text, an entry in check_problem().
 CHECKS = {
-    "contains": lambda answer, text, _: "" if text.casefold() in answer.casefold() else f"does not contain {text!r}",
-    "not_contains": lambda answer, text, _: f"contains {text!r}" if text.casefold() in answer.casefold() else "",
+    "contains": lambda answer, text, _: "" if text.casefold() in answer.casefold() else f'does not contain "{text}"',
+    "not_contains": lambda answer, text, _: f'contains "{text}"' if text.casefold() in answer.casefold() else "",
     "matches": lambda answer, pattern, _: (
-        "" if re.search(pattern, answer, re.IGNORECASE | re.MULTILINE) else f"does not match {pattern!r}"),
+        "" if re.search(pattern, answer, re.IGNORECASE | re.MULTILINE) else f"does not match /{pattern}/"
+    ),
     "max_chars": lambda answer, most, _: "" if len(answer) <= most else f"has {len(answer)} characters, not {most}",
     "only_known": lambda answer, wanted, known: unknown_statements(answer, known) if wanted else "",
 }
@@ -243,8 +295,9 @@ CHECKS = {
 def apply_checks(checks: dict[str, list], answer: str, known: set[str]) -> list[dict]:
     """Return one {"check", "value", "passed", "problem"} per check."""
     problems = [(name, value, CHECKS[name](answer, value, known)) for name in checks for value in checks[name]]
-    return [{"check": name, "value": value, "passed": not problem, "problem": problem}
-            for name, value, problem in problems]
+    return [
+        {"check": name, "value": value, "passed": not problem, "problem": problem} for name, value, problem in problems
+    ]
 
 
 def check_problem(name: str, values: list, facts: set[str]) -> str:
@@ -259,8 +312,8 @@ def check_problem(name: str, values: list, facts: set[str]) -> str:
         return "there is no facts.json beside the cases"
     for value in values if name == "matches" else ():
         try:
-            re.compile(value)
-        except re.error as error:
+            re.compile(value, re.IGNORECASE | re.MULTILINE)
+        except (re.error, ValueError, OverflowError, RecursionError) as error:
             return f"{value!r} is not a regular expression: {error}"
     return ""
 
@@ -284,6 +337,10 @@ def parse_with_lines(text: str, first_line: int = 1) -> tuple[Any, dict[int, int
         return decoder.decode(text), lines
     except RecursionError:
         raise json.JSONDecodeError("it is nested too deeply", text, 0) from None
+    except json.JSONDecodeError:
+        raise
+    except ValueError:  # Python converts no number of more than 4300 digits
+        raise json.JSONDecodeError("a number in it is too long", text, 0) from None
 
 
 class CaseFile:
@@ -295,7 +352,7 @@ class CaseFile:
     """
 
     def __init__(self, path: Path):
-        self.path, self.facts = path, read_facts(path.with_name("facts.json"))
+        self.path, self.facts = path, read_facts(path.parent / "facts.json")
         self.faults: list[str] = []
         self.lines: dict[int, int] = {}
         rows: Any = self.read_documents()
@@ -306,7 +363,11 @@ class CaseFile:
             shared, rows = rows[0], rows[0]["cases"]
         self.system, self.shared_checks = shared.get("system"), self.read_checks(shared, shared.get("checks", {}))
         self.cases = [self.read_case(row, number) for number, row in enumerate(rows, 1)]
-        self.criteria = [self.read_criterion(row) for row in shared.get("criteria", [])]
+        criteria = shared.get("criteria", [])
+        if not isinstance(criteria, list):
+            self.fault(shared, "criteria must be a list")
+            criteria = []
+        self.criteria = [self.read_criterion(row) for row in criteria]
         if not self.cases:
             self.fault(shared, "there is no case in it")
         for name, count in Counter(str(case["id"]) for case in self.cases).items():
@@ -336,8 +397,15 @@ class CaseFile:
         return documents
 
     def read_case(self, row: Any, number: int) -> dict:
-        case: dict[str, Any] = {"id": f"case-{number}", "category": "all", "system": self.system, "history": [],
-                                "question": None, "answer": None, "checks": {}}
+        case: dict[str, Any] = {
+            "id": f"case-{number}",
+            "category": "all",
+            "system": self.system,
+            "history": [],
+            "question": None,
+            "answer": None,
+            "checks": {},
+        }
         if not isinstance(row, dict):
             self.fault(row, f"case {number} is not an object")
             return case
@@ -354,8 +422,11 @@ class CaseFile:
             self.fault(row, "half of a surrogate pair (\\ud800 to \\udfff) is not text")
         own = self.read_checks(row, case["checks"])
         # All texts and patterns apply, the shared ones and the case's own; of a limit or a switch the case's own does.
-        case["checks"] = {name: self.shared_checks.get(name, []) + own.get(name, []) for name in CHECKS
-                          if name in self.shared_checks or name in own}
+        case["checks"] = {
+            name: self.shared_checks.get(name, []) + own.get(name, [])
+            for name in CHECKS
+            if name in self.shared_checks or name in own
+        }
         case["checks"] |= {name: own[name] for name in ("max_chars", "only_known") if name in own}
         if not case["answer"] and not case["checks"]:
             self.fault(row, "nothing is expected of the answer: give `answer` or `checks`")
@@ -377,12 +448,24 @@ class CaseFile:
         return sound
 
     def read_criterion(self, row: Any) -> dict:
-        criterion: dict[str, Any] = {"name": None, "category": None, "checks": {}, "min_pass_rate": 1.0, "min_cases": 1,
-                                     "judge": None, "min_judge_mean": 4.0}
+        criterion: dict[str, Any] = {
+            "name": None,
+            "category": None,
+            "checks": {},
+            "min_pass_rate": 1.0,
+            "min_cases": 1,
+            "judge": None,
+            "min_judge_mean": 4.0,
+        }
         if not isinstance(row, dict) or not isinstance(row.get("name"), str):
             self.fault(row, "a criterion is an object with a name")
             return criterion
         criterion |= row
+        category = criterion["category"]
+        if category is not None and not all(
+            isinstance(one, str) for one in (category if isinstance(category, list) else [category])
+        ):
+            self.fault(row, "category must be text, or a list of texts")
         if not all(isinstance(criterion[key], int | float) for key in ("min_pass_rate", "min_cases", "min_judge_mean")):
             self.fault(row, "min_pass_rate, min_cases and min_judge_mean must be numbers")
         if criterion["judge"] not in (None, *JUDGE_CRITERIA):
@@ -393,7 +476,8 @@ class CaseFile:
 def is_conversation(messages: Any, roles: tuple) -> bool:
     return isinstance(messages, list) and all(
         isinstance(message, dict) and message.get("role") in roles and isinstance(message.get("content"), str)
-        for message in messages)
+        for message in messages
+    )
 
 
 def case_of_messages(messages: Any) -> dict:
@@ -421,8 +505,11 @@ def trained_conversations(path: str) -> set[tuple[str, ...]]:
         for line in file:
             with suppress(ValueError, TypeError, KeyError):
                 messages = [message for message in json.loads(line)["messages"] if isinstance(message["content"], str)]
-                keys |= {conversation_key(messages[:number], message["content"])
-                         for number, message in enumerate(messages) if message["role"] == "user"}
+                keys |= {
+                    conversation_key(messages[:number], message["content"])
+                    for number, message in enumerate(messages)
+                    if message["role"] == "user"
+                }
     return keys
 
 
@@ -464,7 +551,8 @@ def give_verdict(fixed: int, broken: int, cases: int, failed_calls: int = 0) -> 
     """Return {"verdict", "sentence", "p_value", "cases_needed"}."""
     p_value, needed = mcnemar_exact(fixed, broken), None
     if failed_calls:
-        verdict, why = "incomplete", f"{failed_calls} calls failed; run the same command again, it asks only those"
+        verdict = "incomplete"
+        why = f"{failed_calls} of the calls failed, and so their cases; the same command asks only those again"
     elif p_value < SIGNIFICANCE:
         verdict, why = "better" if fixed > broken else "worse", "this is more than luck"
     else:
@@ -472,7 +560,8 @@ def give_verdict(fixed: int, broken: int, cases: int, failed_calls: int = 0) -> 
         # Fewer than six changed cases cannot reach p < 0.05, however they fall. That says nothing about the models
         # where so few were asked that a change in more than one case of ten cannot be ruled out.
         too_few = fixed + broken < 6 and wilson_interval(fixed + broken, cases)[1] > 0.1
-        verdict, why = "not enough cases" if too_few else "no difference shown", f"about {needed} cases would show one"
+        verdict = "not enough cases" if too_few else "no difference shown"
+        why = f"if there is a difference, about {needed} cases would show it"
     p_text = "p < 0.001" if p_value < 0.001 else f"p = {p_value:.3f}"
     sentence = f"{fixed} fixed and {broken} broken of {cases} cases, {p_text} (McNemar's exact test): {why}."
     return {"verdict": verdict, "sentence": sentence, "p_value": p_value, "cases_needed": needed}
@@ -495,6 +584,16 @@ def retry_delay(error, attempt: int) -> float | None:
     return min(0.5 * 2**attempt, 20)
 
 
+def explain_deleted_model(client, error, model: str) -> None:
+    """StepError with the cure if `error` is a 404 because the fine-tuned model is not (or no longer) on the server."""
+    if getattr(error, "status_code", None) == 404 and deleted(client, model):
+        raise StepError(
+            f"{client.base_url} answered 404: it has no model {model} (any more); make it again with "
+            "python fine_tune.py --force, or name another "
+            "(python use_fine_tuned_model.py --list-models shows them)."
+        )
+
+
 def finished_job(client, job_id: str):
     """Return the job if it has made a model; StepError says why not (exit code 1: it failed, 3: it is not finished)."""
     with server_errors_explained(client):
@@ -503,8 +602,11 @@ def finished_job(client, job_id: str):
         return job
     if job.status in ("failed", "cancelled"):
         raise StepError(f"Job {job_id} is {job.status} and made no model: python check_fine_tune_status.py {job_id}", 1)
-    raise StepError(f"Job {job_id} is {job.status} and has no model yet; wait for it: "
-                    f"python check_fine_tune_status.py {job_id} --wait", 3)
+    raise StepError(
+        f"Job {job_id} is {job.status} and has no model yet; wait for it: "
+        f"python check_fine_tune_status.py {job_id} --wait",
+        3,
+    )
 
 
 class Journal:
@@ -553,8 +655,10 @@ class Pace:
         with self.changed:
             if time.monotonic() >= self.resume_at:  # else another call has just heard the same
                 self.limit = max(1.0, self.limit / 2)
-                print(f"The server limits the rate: waiting {seconds:g} s, then {int(self.limit)} calls at a time.",
-                      file=sys.stderr)
+                print(
+                    f"The server limits the rate: waiting {seconds:g} s, then {int(self.limit)} calls at a time.",
+                    file=sys.stderr,
+                )
             self.resume_at = max(self.resume_at, time.monotonic() + seconds)
 
 
@@ -566,8 +670,16 @@ class ModelTester:
     results = tester.run_test_cases(CaseFile(CASES_FILE).cases)
     """
 
-    def __init__(self, model: str, base_model: str, judge: str | None = None, facts: set[str] | None = None,
-                 concurrency: int = CONCURRENCY, journal: Journal | None = None, **parameters):
+    def __init__(
+        self,
+        model: str,
+        base_model: str,
+        judge: str | None = None,
+        facts: set[str] | None = None,
+        concurrency: int = CONCURRENCY,
+        journal: Journal | None = None,
+        **parameters,
+    ):
         self.model, self.base_model, self.judge, self.concurrency = model, base_model, judge, concurrency
         self.server, self.parameters = server_settings()[1].rstrip("/"), PARAMETERS | parameters
         self.facts, self.journal, self.failed_calls = facts or set(), journal or Journal(JOURNAL_FILE), 0
@@ -591,29 +703,50 @@ class ModelTester:
             for (_, row), reply in zip(to_judge, replies, strict=True):
                 row["judge"] = read_ratings(reply["text"])
         results = []
-        for case, base, tuned in zip(cases, scored[:len(cases)], scored[len(cases):], strict=True):
-            outcome = {(True, False): "broken", (False, True): "fixed", (False, False): "still failing",
-                       (True, True): "still passing"}[base["passed"], tuned["passed"]]
+        for case, base, tuned in zip(cases, scored[: len(cases)], scored[len(cases) :], strict=True):
+            outcome = {
+                (True, False): "broken",
+                (False, True): "fixed",
+                (False, False): "still failing",
+                (True, True): "still passing",
+            }[base["passed"], tuned["passed"]]
             key = conversation_key(case["history"], case["question"])
-            results.append({
-                "id": case["id"], "category": case["category"], "system": case["system"], "history": case["history"],
-                "question": case["question"], "expected": case["answer"], "generated": tuned.pop("text"),
-                "base_generated": base.pop("text"), "outcome": outcome, "in_training_data": key in (trained or ()),
-                "fine_tuned": tuned, "base": base,
-            })
+            results.append(
+                {
+                    "id": case["id"],
+                    "category": case["category"],
+                    "system": case["system"],
+                    "history": case["history"],
+                    "question": case["question"],
+                    "expected": case["answer"],
+                    "generated": tuned.pop("text"),
+                    "base_generated": base.pop("text"),
+                    "outcome": outcome,
+                    "in_training_data": key in (trained or ()),
+                    "fine_tuned": tuned,
+                    "base": base,
+                }
+            )
         return results
 
     def request(self, model: str, case: dict) -> dict:
         system = [{"role": "system", "content": case["system"]}] if case["system"] else []
-        return {"model": model, "messages": [*system, *case["history"], {"role": "user", "content": case["question"]}],
-                **self.parameters}
+        return {
+            "model": model,
+            "messages": [*system, *case["history"], {"role": "user", "content": case["question"]}],
+            **self.parameters,
+        }
 
     def judge_request(self, case: dict, answer: str) -> dict:
         turns = [*(f"{turn['role']}: {turn['content']}" for turn in case["history"]), case["question"]]
         prompt = JUDGE_PROMPT.format(
-            system=case["system"], question="\n".join(turns), expected=case["answer"], answer=answer,
+            system=case["system"],
+            question="\n".join(turns),
+            expected=case["answer"],
+            answer=answer,
             criteria="\n".join(f"{name}: {meaning}" for name, meaning in JUDGE_CRITERIA.items()),
-            example=json.dumps(dict.fromkeys(JUDGE_CRITERIA, 3)))
+            example=json.dumps(dict.fromkeys(JUDGE_CRITERIA, 3)),
+        )
         # No temperature: models that reason, the better judges, accept none but their own.
         return {"model": self.judge, "messages": [{"role": "user", "content": prompt}]}
 
@@ -661,8 +794,18 @@ class ModelTester:
         if sys.stderr.isatty():
             print(file=sys.stderr)
         if hopeless:
-            with server_errors_explained(client):
-                raise hopeless[0]
+            kept = any(key in self.journal.entries for key in requests)
+            try:
+                with server_errors_explained(client):
+                    raise hopeless[0]
+            except StepError as error:
+                if not kept or error.exit_code != 4:
+                    raise
+                raise StepError(
+                    f"{str(error).rstrip('.')}; {self.journal.path} holds the answers so far, and the same "
+                    "command goes on.",
+                    4,
+                ) from None
         return failed
 
 
@@ -670,16 +813,20 @@ def ask(client, request: dict, pace: Pace) -> dict:
     """Return the answer to one request, as ask_all() does. Raised is what would fail every request alike."""
     import openai
 
-    nothing = {"text": "", "finish_reason": None, "usage": None, "seconds": None}
-    for attempt in itertools.count():
+    nothing, attempt = {"text": "", "finish_reason": None, "usage": None, "seconds": None}, 0
+    while True:
         with pace:
             start = time.perf_counter()
             try:
                 completion = client.chat.completions.create(**request)
                 choice = completion.choices[0]
-                return {"text": choice.message.content or "", "finish_reason": choice.finish_reason,
-                        "usage": completion.usage and completion.usage.model_dump(exclude_none=True),
-                        "seconds": round(time.perf_counter() - start, 3), "error": None}
+                return {
+                    "text": choice.message.content or "",
+                    "finish_reason": choice.finish_reason,
+                    "usage": completion.usage and completion.usage.model_dump(exclude_none=True),
+                    "seconds": round(time.perf_counter() - start, 3),
+                    "error": None,
+                }
             except (openai.APIError, json.JSONDecodeError) as raised:
                 error: Any = raised
             except (IndexError, TypeError):
@@ -690,6 +837,7 @@ def ask(client, request: dict, pace: Pace) -> dict:
         elif delay is not None:
             time.sleep(delay)
         elif status in (401, 403, 404, 429) or type(error.__cause__).__name__ == "ConnectError":
+            explain_deleted_model(client, error, request["model"])
             raise error
         else:
             try:
@@ -697,7 +845,7 @@ def ask(client, request: dict, pace: Pace) -> dict:
                     raise error
             except StepError as explained:
                 return nothing | {"error": str(explained)}
-    raise AssertionError("not reached")
+        attempt += 1
 
 
 # --- the scores ---
@@ -722,8 +870,15 @@ def score(case: dict, answer: dict, facts: set[str]) -> dict:
     checks = apply_checks(case["checks"], text, known_statements(case, facts))
     exact = None if expected is None else normalise(text) == normalise(expected)
     passed = bool(text.strip()) and (all(check["passed"] for check in checks) if checks else bool(exact))
-    return {**answer, "passed": passed, "checks": checks, "exact_match": exact,
-            "f1": None if expected is None else round(token_f1(text, expected), 4), "chars": len(text), "judge": None}
+    return {
+        **answer,
+        "passed": passed,
+        "checks": checks,
+        "exact_match": exact,
+        "f1": None if expected is None else round(token_f1(text, expected), 4),
+        "chars": len(text),
+        "judge": None,
+    }
 
 
 def read_ratings(reply: str) -> dict[str, int] | None:
@@ -745,9 +900,13 @@ def summarise(results: list[dict], criteria: list[dict], facts: set[str]) -> dic
     failed_calls = sides["base"]["failed_calls"] + sides["fine_tuned"]["failed_calls"]
     return {
         **give_verdict(len(outcomes["fixed"]), len(outcomes["broken"]), len(held_out), failed_calls),
-        "cases": len(held_out), **sides, **outcomes,
-        "categories": {category: measure([result for result in held_out if result["category"] == category])
-                       for category in dict.fromkeys(result["category"] for result in held_out)},
+        "cases": len(held_out),
+        **sides,
+        **outcomes,
+        "categories": {
+            category: measure([result for result in held_out if result["category"] == category])
+            for category in dict.fromkeys(result["category"] for result in held_out)
+        },
         "in_training_data": {"cases": [result["id"] for result in trained], **measure(trained)},
         "criteria": [measure_criterion(criterion, held_out, facts) for criterion in criteria],
     }
@@ -769,8 +928,11 @@ def measure_rows(rows: list[dict]) -> dict:
         return average(values) if values else None
 
     return {
-        "passed": passed, "cases": len(rows), "pass_rate": passed / len(rows) if rows else None,
-        "interval": wilson_interval(passed, len(rows)), "failed_calls": len(rows) - len(answered),
+        "passed": passed,
+        "cases": len(rows),
+        "pass_rate": passed / len(rows) if rows else None,
+        "interval": wilson_interval(passed, len(rows)),
+        "failed_calls": len(rows) - len(answered),
         "cut_at_max_tokens": sum(row["finish_reason"] == "length" for row in rows),
         "exact_match": over(statistics.fmean, [row["exact_match"] for row in rows]),
         "f1": over(statistics.fmean, [row["f1"] for row in rows]),
@@ -787,8 +949,11 @@ def measure_criterion(criterion: dict, results: list[dict], facts: set[str]) -> 
     categories = [criterion["category"]] if isinstance(criterion["category"], str) else criterion["category"]
     chosen = [result for result in results if not categories or result["category"] in categories]
     if criterion["checks"]:
-        checked = [apply_checks(criterion["checks"], result["generated"], known_statements(result, facts))
-                   for result in chosen if result["generated"].strip()]
+        checked = [
+            apply_checks(criterion["checks"], result["generated"], known_statements(result, facts))
+            for result in chosen
+            if result["generated"].strip()
+        ]
         passed = sum(all(check["passed"] for check in checks) for checks in checked)
     else:
         passed = sum(result["fine_tuned"]["passed"] for result in chosen)
@@ -796,8 +961,11 @@ def measure_criterion(criterion: dict, results: list[dict], facts: set[str]) -> 
     judge_mean = None
     if ratings and criterion["judge"]:
         judge_mean = statistics.fmean(rating[criterion["judge"]] for rating in ratings)
-    met = (len(chosen) >= criterion["min_cases"] and passed >= criterion["min_pass_rate"] * len(chosen)
-           and (judge_mean is None or judge_mean >= criterion["min_judge_mean"]))
+    met = (
+        len(chosen) >= criterion["min_cases"]
+        and passed >= criterion["min_pass_rate"] * len(chosen)
+        and (judge_mean is None or judge_mean >= criterion["min_judge_mean"])
+    )
     return {**criterion, "met": met, "passed": passed, "cases": len(chosen), "judge_mean": judge_mean}
 
 
@@ -827,10 +995,15 @@ def what_is_wrong(row: dict) -> str:
 
 def criterion_line(criterion: dict) -> str:
     asked = f"asked: {criterion['min_pass_rate']:.0%} of {criterion['min_cases']} or more"
-    judged = "" if criterion["judge_mean"] is None else (
-        f", judge {criterion['judge_mean']:.1f} (asked: {criterion['min_judge_mean']:g})")
-    return (f"{'✓ met    ' if criterion['met'] else '✗ not met'}  {one_line(criterion['name'], 36):<36}"
-            f"{share(criterion):>15}  ({asked}){judged}")
+    judged = (
+        ""
+        if criterion["judge_mean"] is None
+        else (f", judge {criterion['judge_mean']:.1f} (asked: {criterion['min_judge_mean']:g})")
+    )
+    return (
+        f"{'✓ met    ' if criterion['met'] else '✗ not met'}  {one_line(criterion['name'], 36):<36}"
+        f"{share(criterion):>15}  ({asked}){judged}"
+    )
 
 
 def print_report(summary: dict, results: list[dict]) -> None:
@@ -883,11 +1056,16 @@ def write_atomically(path: str, text: str) -> None:
     """Write the file as a whole or not at all. Half a surrogate pair in a text becomes a JSON or HTML escape."""
     errors = "xmlcharrefreplace" if text.startswith("<") else "backslashreplace"
     temporary = f"{path}.{os.getpid()}.tmp"
-    with open(temporary, "w", encoding="utf-8", errors=errors, newline="\n") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    try:
+        with open(temporary, "w", encoding="utf-8", errors=errors, newline="\n") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        with suppress(OSError):
+            os.remove(temporary)
+        raise StepError(f"Cannot write {path}: {error.strerror}.") from None
 
 
 def failing_rows(results: list[dict]) -> str:
@@ -896,9 +1074,18 @@ def failing_rows(results: list[dict]) -> str:
     for result in results:
         if not result["fine_tuned"]["passed"]:
             system = [{"role": "system", "content": result["system"]}] if result["system"] else []
-            rows.append({"id": result["id"], "category": result["category"], "messages": [
-                *system, *result["history"], {"role": "user", "content": result["question"]},
-                {"role": "assistant", "content": result["expected"] or ""}]})
+            rows.append(
+                {
+                    "id": result["id"],
+                    "category": result["category"],
+                    "messages": [
+                        *system,
+                        *result["history"],
+                        {"role": "user", "content": result["question"]},
+                        {"role": "assistant", "content": result["expected"] or ""},
+                    ],
+                }
+            )
     return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
 
@@ -927,14 +1114,15 @@ td:last-child { white-space: pre; text-align: right; font-variant-numeric: tabul
 svg { display: block; width: 100%; height: 1.7rem } .track { fill: var(--card) }
 .base { fill: var(--base); color: var(--base) } .tuned { fill: var(--tuned); color: var(--tuned) }
 ul { padding: 0; list-style: none }
-form { position: sticky; top: 0; display: flex; flex-wrap: wrap; align-items: center; gap: .4rem; padding: .6rem 0; background: var(--back) }
+form { position: sticky; top: 0; display: flex; flex-wrap: wrap; align-items: center; gap: .4rem; padding: .6rem 0;
+  background: var(--back) }
 button, select { padding: .25rem .7rem; border: 1px solid var(--line); border-radius: 1rem; background: var(--card);
   color: inherit; font: inherit }
 button[aria-pressed=true] { background: var(--text); color: var(--back) }
 :focus-visible { outline: 3px solid var(--tuned); outline-offset: 2px }
 details { margin: .6rem 0; padding: .5rem .8rem; border: 1px solid var(--line); border-radius: .5rem }
 summary { cursor: pointer }
-.answers { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(20rem, 100%), 1fr)); gap: 0 1rem }
+@media (min-width: 44rem) { .answers { display: grid; grid-template-columns: repeat(2, minmax(0, 1fr)); gap: 0 1rem } }
 pre { margin: 0; padding: .6rem; border-radius: .4rem; background: var(--card); font: inherit; white-space: pre-wrap }
 </style></head>
 <body>
@@ -977,12 +1165,16 @@ def report_page(summary: dict, results: list[dict]) -> str:
 
     def bar(of: dict, side: str, y: int) -> str:
         width = 100 * of["passed"] / max(of["cases"], 1)
-        return (f'<rect class="track" width="100%" height="11" y="{y}"/>'
-                f'<rect class="{side}" width="{width:.1f}%" height="11" y="{y}"/>')
+        return (
+            f'<rect class="track" width="100%" height="11" y="{y}"/>'
+            f'<rect class="{side}" width="{width:.1f}%" height="11" y="{y}"/>'
+        )
 
     def rate_row(name: str, base: dict, tuned: dict) -> str:
-        return (f'<tr><th scope="row">{text(name)}</th><td><svg aria-hidden="true">{bar(base, "base", 1)}'
-                f'{bar(tuned, "tuned", 15)}</svg></td><td>{share(base)}\n{share(tuned)}</td></tr>')
+        return (
+            f'<tr><th scope="row">{text(name)}</th><td><svg aria-hidden="true">{bar(base, "base", 1)}'
+            f"{bar(tuned, 'tuned', 15)}</svg></td><td>{share(base)}\n{share(tuned)}</td></tr>"
+        )
 
     def answer(title: str, generated: str, row: dict) -> str:
         mark = '<span class="good">passed</span>' if row["passed"] else '<span class="bad">failed</span>'
@@ -993,20 +1185,23 @@ def report_page(summary: dict, results: list[dict]) -> str:
     def case(result: dict) -> str:
         history = "".join(f"<h3>{turn['role']}</h3><pre>{text(turn['content'])}</pre>" for turn in result["history"])
         apart = " (stands in the training data)" if result["in_training_data"] else ""
-        return (f'<details data-outcome="{result["outcome"]}" data-category="{text(result["category"])}"'
-                f'{" open" if result["outcome"] == "broken" else ""}><summary><strong>{result["outcome"]}</strong> '
-                f'<span class="dim">{text(result["id"])}{apart}</span> {text(result["question"])}</summary>{history}'
-                f'<div class="answers">{answer("Base model", result["base_generated"], result["base"])}'
-                f'{answer("Fine-tuned", result["generated"], result["fine_tuned"])}</div>'
-                f'<h3>Expected</h3><pre>{text(result["expected"] or "")}</pre></details>')
+        return (
+            f'<details data-outcome="{result["outcome"]}" data-category="{text(result["category"])}"'
+            f"{' open' if result['outcome'] == 'broken' else ''}><summary><strong>{result['outcome']}</strong> "
+            f'<span class="dim">{text(result["id"])}{apart}</span> {text(result["question"])}</summary>{history}'
+            f'<div class="answers">{answer("Base model", result["base_generated"], result["base"])}'
+            f"{answer('Fine-tuned', result['generated'], result['fine_tuned'])}</div>"
+            f"<h3>Expected</h3><pre>{text(result['expected'] or '')}</pre></details>"
+        )
 
     sides = {**summary["categories"], "all": summary}
     shown = ("verdict", "sentence", "model", "base_model", "cases", "cases_file", "server")
     parts = {key: text(summary[key]) for key in shown} | {
         "rates": "".join(rate_row(name, of["base"], of["fine_tuned"]) for name, of in sides.items()),
         "criteria": "".join(f"<li>{text(criterion_line(criterion))}</li>" for criterion in summary["criteria"]),
-        "buttons": "".join(f'<button type="button" value="{name}">{name or "all"}</button>'
-                           for name in ("", *OUTCOMES)),
+        "buttons": "".join(
+            f'<button type="button" value="{name}">{name or "all"}</button>' for name in ("", *OUTCOMES)
+        ),
         "categories": "".join(f"<option>{text(name)}</option>" for name in summary["categories"]),
         "answers": "".join(map(case, sorted(results, key=lambda result: OUTCOMES.index(result["outcome"])))),
     }
@@ -1027,7 +1222,8 @@ def positive_int(text: str) -> int:
 
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        description="Step 5: is the fine-tuned model better than its base model, and how sure are we?")
+        description="Step 5: is the fine-tuned model better than its base model, and how sure are we?"
+    )
     add = parser.add_argument
     add("model", nargs="?", metavar="MODEL", help="model name or job id (default: the job in fine_tune_job.json)")
     add("--base-model", metavar="NAME", help="default: the job's base model, else FINE_TUNE_MODEL")
@@ -1036,10 +1232,20 @@ def build_parser() -> argparse.ArgumentParser:
     add("--report", metavar="FILE", help="also write the results as an HTML page")
     add("--failures", metavar="FILE", help="also write the failing cases as rows to turn into training data")
     add("--judge", metavar="MODEL", help="let this model rate every answer from 1 to 5")
-    add("--concurrency", type=positive_int, default=CONCURRENCY, metavar="N",
-        help="calls at a time (default: %(default)s)")
-    add("--max-tokens", type=positive_int, default=PARAMETERS["max_tokens"], metavar="N",
-        help="longest answer (default: %(default)s)")
+    add(
+        "--concurrency",
+        type=positive_int,
+        default=CONCURRENCY,
+        metavar="N",
+        help="calls at a time (default: %(default)s)",
+    )
+    add(
+        "--max-tokens",
+        type=positive_int,
+        default=PARAMETERS["max_tokens"],
+        metavar="N",
+        help="longest answer (default: %(default)s)",
+    )
     add("--fresh", action="store_true", help="ask again what the journal already holds")
     add("--min-pass-rate", type=float, metavar="R", help="0 to 1; exit with 1 if the fine-tuned model stays below")
     add("--require-better", action="store_true", help="exit with 3 unless the verdict is better")
@@ -1051,9 +1257,11 @@ def resolve_models(args, record: dict, journal: Journal) -> tuple[str, str]:
     server, model, base = server_settings()[1].rstrip("/"), args.model or record.get("job_id"), None
     if not model:
         raise StepError("fine_tune_job.json holds no job: run python fine_tune.py first, or name a model.")
-    if not args.model and record.get("base_url", "").rstrip("/") != server:
-        raise StepError(f"fine_tune_job.json belongs to {record.get('base_url')}, but the server is {server}: "
-                        "set OPENAI_BASE_URL to the first, or name a model.")
+    if not args.model and not same_server(record.get("base_url"), server):
+        raise StepError(
+            f"fine_tune_job.json belongs to {record.get('base_url')}, but the server is {server}: "
+            "set OPENAI_BASE_URL to the first, or name a model."
+        )
     if not args.model or model.startswith("ftjob-"):
         key = journal_key(server, model)
         if key not in journal.entries:
@@ -1074,18 +1282,29 @@ def run(args, words: list[str]) -> int:
     outputs = [path for path in (args.output, args.report, args.failures) if path]
     if len({os.path.realpath(path) for path in (args.cases, JOURNAL_FILE, *outputs)}) < len(outputs) + 2:
         raise StepError(f"--cases, --output, --report, --failures and {JOURNAL_FILE} must be different files.")
+    for path in outputs:  # said now, not after the calls
+        folder = os.path.dirname(path) or "."
+        if os.path.isdir(path) or not os.path.isdir(folder) or not os.access(folder, os.W_OK):
+            why = "it is a folder" if os.path.isdir(path) else f"{folder} is not a folder that you can write to"
+            raise StepError(f"Cannot write {path}: {why}.")
     case_file, record, journal = CaseFile(args.cases), read_job_record(), Journal(JOURNAL_FILE, args.fresh)
     model, base_model = resolve_models(args, record, journal)
     for case in case_file.cases:
         case["system"] = case["system"] or record.get("system_prompt")
     training_file = record.get("training_file_path") or ""
     known = os.path.exists(training_file)
-    tester = ModelTester(model, base_model, args.judge, case_file.facts, args.concurrency, journal,
-                         max_tokens=args.max_tokens)
+    tester = ModelTester(
+        model, base_model, args.judge, case_file.facts, args.concurrency, journal, max_tokens=args.max_tokens
+    )
     results = tester.run_test_cases(case_file.cases, trained_conversations(training_file) if known else None)
     summary = {
-        "model": model, "base_model": base_model, "judge_model": args.judge, "server": tester.server,
-        "parameters": tester.parameters, "cases_file": shown_path(args.cases), "failed_calls": tester.failed_calls,
+        "model": model,
+        "base_model": base_model,
+        "judge_model": args.judge,
+        "server": tester.server,
+        "parameters": tester.parameters,
+        "cases_file": shown_path(args.cases),
+        "failed_calls": tester.failed_calls,
         "training_file": training_file if known else "not at hand, so cases that stand in it are not found",
         **summarise(results, case_file.criteria, case_file.facts),
     }
@@ -1107,7 +1326,7 @@ def run(args, words: list[str]) -> int:
         elif not args.failures:
             command += ["--failures", "failing_cases.jsonl"]
         else:
-            command = ["python", "use_fine_tuned_model.py"]
+            command = ["python", "use_fine_tuned_model.py", *([args.model] if args.model else [])]
         print(f"Next: {shlex.join(command)}")
         sys.stdout.flush()
     except BrokenPipeError:  # `| head` has seen enough: the files are written, and the exit code stands

@@ -21,7 +21,6 @@ network failed or the answer was cut short, 130 interrupted.
 """
 
 import argparse
-import itertools
 import json
 import os
 import sys
@@ -52,7 +51,15 @@ class StepError(Exception):
 
 
 def server_settings():
-    """Return (API key, base URL) of the server that the environment or .env names (StepError if none is named)."""
+    """Return (API key, base URL) of the server that the environment or .env names (StepError if of no use)."""
+    from importlib.util import find_spec
+
+    for package, module in (("openai", "openai"), ("python-dotenv", "dotenv")):
+        if not find_spec(module):
+            raise StepError(
+                f"{package} is not installed here: activate the virtual environment (source .venv/bin/activate) "
+                "or run python -m pip install -r requirements.txt"
+            )
     from dotenv import load_dotenv
 
     load_dotenv()
@@ -64,22 +71,50 @@ def server_settings():
         )
     # A stray line end in the key would come back in the error text of the HTTP library, key and all.
     # An empty OPENAI_BASE_URL would reach the SDK as an empty address, so the default is spelled out.
-    return (api_key or "").strip() or "not-needed", base_url or "https://api.openai.com/v1"
+    api_key, base_url = (api_key or "").strip() or "not-needed", base_url or "https://api.openai.com/v1"
+    if not (api_key.isascii() and api_key.isprintable()):
+        raise StepError("OPENAI_API_KEY holds a character that no key has, such as a typographic dash: paste it again.")
+    try:
+        usable = urlsplit(base_url).scheme in ("http", "https") and urlsplit(base_url).hostname
+    except ValueError:  # a bracket or a port that is none
+        usable = False
+    if not usable:
+        raise StepError(
+            f"OPENAI_BASE_URL is {base_url!r}, which is no address: begin it with http:// or https://, "
+            "as in http://127.0.0.1:8321/v1"
+        )
+    return api_key, base_url
+
+
+def same_server(one: str | None, other: str | None) -> bool:
+    """Tell whether two base URLs name one server: localhost is 127.0.0.1, and a slash at the end is nothing."""
+
+    def plain(base_url):
+        address = urlsplit((base_url or "").rstrip("/"))
+        local = address.hostname in ("localhost", "127.0.0.1", "::1")
+        return address.scheme, "localhost" if local else address.hostname, address.port, address.path
+
+    return plain(one) == plain(other)
 
 
 def connect(timeout: float = 600):
     """Return the client for that server; `timeout`: seconds without an answer before a request counts as lost."""
+    api_key, base_url = server_settings()
     import openai  # imported here: it takes half a second that --help should not cost
 
     def refuse_web_page(response):  # what a proxy or a wrong address answers; the SDK would hand it on as a bare string
         if response.is_success and "html" in response.headers.get("content-type", ""):
             raise openai.APIError("a web page", response.request, body=None)
 
-    api_key, base_url = server_settings()
     address = urlsplit(base_url)
     if address.scheme == "http" and address.hostname not in ("localhost", "127.0.0.1", "::1"):
         print(f"warning: plain http to {address.hostname}: your key can be read on the way.", file=sys.stderr)
-    timeout = float(os.environ.get("FINE_TUNE_TIMEOUT") or timeout)
+    try:
+        timeout = float(os.environ.get("FINE_TUNE_TIMEOUT") or timeout)
+        if not 0 < timeout < 1e6:
+            raise ValueError
+    except ValueError:
+        raise StepError("FINE_TUNE_TIMEOUT must be a number of seconds, such as 60.") from None
     http_client = openai.DefaultHttpxClient(event_hooks={"response": [refuse_web_page]})
     return openai.OpenAI(api_key=api_key, base_url=base_url, timeout=timeout, http_client=http_client)
 
@@ -98,7 +133,8 @@ def server_errors_explained(client):
     server = str(client.base_url)
 
     def clean(text) -> str:  # one line, and no key in it even where the server repeats it
-        return " ".join(str(text).split()).replace(client.api_key, "[key]").rstrip(".")
+        text = " ".join(str(text).split()).rstrip(".")
+        return text if len(client.api_key) < 16 else text.replace(client.api_key, "[key]")  # "local" is no secret
 
     try:
         yield
@@ -123,12 +159,27 @@ def server_errors_explained(client):
             413: "the file is larger than this server accepts; split it or shorten it",
             429: "too many requests; wait a little and run the same command again",
         }.get(code, otherwise)
+        if code == 404 and not server.rstrip("/").endswith("/v1"):
+            sentence += ", which ends in /v1 on most servers"
         if code == 429 and out_of_credit(error):
             sentence = "no credit is left or a spending limit is reached, and waiting does not help; see your plan"
         sentence = f"{server} answered {code}: {sentence}. It said: {clean(said or error.message)}."
         raise StepError(sentence, 4 if code == 429 or code >= 500 else 2) from None
     except (openai.APIError, json.JSONDecodeError) as error:  # an error event in a stream, a body that is not JSON
         raise StepError(f"{server} sent an answer that cannot be read: {clean(error)}.", 4) from None
+
+
+def deleted(client, model: str | None) -> bool:
+    """Tell whether a fine-tuned model is gone: the server lists its models, and this one is not among them."""
+    import openai
+
+    if not (model or "").startswith("ft:"):  # servers with other names list a model only once it is deployed
+        return False
+    try:
+        names = {listed.id for listed in client.models.list()}
+    except (openai.APIError, json.JSONDecodeError):
+        return False  # this answers no question of the reader's, so it may stay open
+    return bool(names) and model not in names
 
 
 def read_job_record(path: str = "fine_tune_job.json") -> dict:
@@ -141,7 +192,7 @@ def read_job_record(path: str = "fine_tune_job.json") -> dict:
         return record
     except FileNotFoundError:
         return {}
-    except ValueError:
+    except (OSError, ValueError):
         raise StepError(f"{path} is not readable JSON; move it away, or name the job or model yourself.") from None
 
 
@@ -159,8 +210,11 @@ def finished_job(client, job_id: str):
         return job
     if job.status in ("failed", "cancelled"):
         raise StepError(f"Job {job_id} is {job.status} and made no model: python check_fine_tune_status.py {job_id}", 1)
-    raise StepError(f"Job {job_id} is {job.status} and has no model yet; wait for it: "
-                    f"python check_fine_tune_status.py {job_id} --wait", 3)
+    raise StepError(
+        f"Job {job_id} is {job.status} and has no model yet; wait for it: "
+        f"python check_fine_tune_status.py {job_id} --wait",
+        3,
+    )
 
 
 def resolve_model(client, name: str | None) -> tuple[str, Any, Any]:
@@ -168,11 +222,15 @@ def resolve_model(client, name: str | None) -> tuple[str, Any, Any]:
     record = read_job_record()
     if name is None:
         if not record.get("job_id"):
-            raise StepError("fine_tune_job.json holds no job: run python fine_tune.py first, or name a model "
-                            "(python use_fine_tuned_model.py --list-models shows them).")
-        if record.get("base_url", "").rstrip("/") != str(client.base_url).rstrip("/"):
-            raise StepError(f"fine_tune_job.json belongs to {record.get('base_url')}, but the server is "
-                            f"{client.base_url}: set OPENAI_BASE_URL to the first, or name a model.")
+            raise StepError(
+                "fine_tune_job.json holds no job: run python fine_tune.py first, or name a model "
+                "(python use_fine_tuned_model.py --list-models shows them)."
+            )
+        if not same_server(record.get("base_url"), str(client.base_url)):
+            raise StepError(
+                f"fine_tune_job.json belongs to {record.get('base_url')}, but the server is "
+                f"{client.base_url}: set OPENAI_BASE_URL to the first, or name a model."
+            )
     job_id = name or record["job_id"]
     # The prompt of one job's training data would mislead another job's model; a model named by hand is asked with it.
     system = None if job_id.startswith("ftjob-") and job_id != record.get("job_id") else record.get("system_prompt")
@@ -205,14 +263,30 @@ def retry_delay(error, attempt: int) -> float | None:
     return min(0.5 * 2**attempt, 20)
 
 
+def explain_deleted_model(client, error, model: str) -> None:
+    """StepError with the cure if `error` is a 404 because the fine-tuned model is not (or no longer) on the server."""
+    if getattr(error, "status_code", None) == 404 and deleted(client, model):
+        raise StepError(
+            f"{client.base_url} answered 404: it has no model {model} (any more); make it again with "
+            "python fine_tune.py --force, or name another "
+            "(python use_fine_tuned_model.py --list-models shows them)."
+        )
+
+
 def build_messages(system: str | None, history: list[dict] | None, question: str) -> list[dict]:
     """Return the messages of one request, in the order of the training data."""
-    return [*([{"role": "system", "content": system}] if system else []), *(history or []),
-            {"role": "user", "content": question}]
+    first = [{"role": "system", "content": system}] if system else []
+    return [*first, *(history or []), {"role": "user", "content": question}]
 
 
-def ask(client, model: str, messages: list[dict], show: Callable[[str], object] = lambda text: None,
-        temperature: float = TEMPERATURE, max_tokens: int = MAX_TOKENS) -> dict:
+def ask(
+    client,
+    model: str,
+    messages: list[dict],
+    show: Callable[[str], object] = lambda text: None,
+    temperature: float = TEMPERATURE,
+    max_tokens: int = MAX_TOKENS,
+) -> dict:
     """Return {"model", "answer", "finish_reason", "usage", "latency_seconds"}; `show` gets the text piece by piece.
 
     StepError if the answer is cut short: the SDK raises nothing when a stream just ends, so the finish reason decides.
@@ -220,17 +294,22 @@ def ask(client, model: str, messages: list[dict], show: Callable[[str], object] 
     """
     import openai
 
+    attempt = 0
     with server_errors_explained(client):
-        for attempt in itertools.count():
+        while True:
             answer, finish_reason, usage, error = "", None, None, None
             start = time.perf_counter()
             try:
                 for chunk in client.chat.completions.create(
-                    model=model, messages=messages, temperature=temperature, max_tokens=max_tokens,
-                    stream=True, stream_options={"include_usage": True},
+                    model=model,
+                    messages=messages,
+                    temperature=temperature,
+                    max_tokens=max_tokens,
+                    stream=True,
+                    stream_options={"include_usage": True},
                 ):
                     usage = chunk.usage or usage
-                    for choice in chunk.choices[:1]:  # the last chunk, that of the usage, has none
+                    for choice in (chunk.choices or [])[:1]:  # the last chunk, that of the usage, has none
                         text = choice.delta.content or ""
                         show(text)
                         answer += text
@@ -238,33 +317,44 @@ def ask(client, model: str, messages: list[dict], show: Callable[[str], object] 
             except (openai.APIError, json.JSONDecodeError) as raised:
                 error = raised
             if finish_reason:
-                return {"model": model, "answer": answer, "finish_reason": finish_reason,
-                        "usage": usage and usage.model_dump(exclude_none=True),
-                        "latency_seconds": round(time.perf_counter() - start, 3)}
+                return {
+                    "model": model,
+                    "answer": answer,
+                    "finish_reason": finish_reason,
+                    "usage": usage and usage.model_dump(exclude_none=True),
+                    "latency_seconds": round(time.perf_counter() - start, 3),
+                }
             delay = None if answer else retry_delay(error, attempt)
             if delay is None:
                 if error and not answer:
+                    explain_deleted_model(client, error, model)
                     raise error
                 raise StepError(f"The answer was cut short ({error or 'no finish reason came'}): ask again.", 4)
             reason = "The server limits the rate" if getattr(error, "status_code", 0) == 429 else "No answer came"
             print(f"{reason}; asking again in {delay:g} s.", file=sys.stderr)
             time.sleep(delay)
-    raise AssertionError("not reached")
+            attempt += 1
 
 
 def print_answer(client, model: str, messages: list[dict], **parameters) -> dict:
     """Print the answer as it comes, and return what ask() returns. A pipe gets exactly what the model wrote."""
-    on_terminal = sys.stdout.isatty()
+    on_terminal, shown = sys.stdout.isatty(), []
 
     def show(text: str) -> None:
+        shown.append(text)
         print(text.translate(VISIBLE) if on_terminal else text, end="", flush=True)
 
     try:
         answer = ask(client, model, messages, show, **parameters)
     finally:
-        print()
-    if answer["finish_reason"] != "stop":
-        why = {"length": "--max-tokens are used up", "content_filter": "the server's filter stopped it"}
+        if any(shown):
+            print()
+    if answer["finish_reason"] != "stop" or not answer["answer"]:
+        why = {
+            "length": "--max-tokens are used up",
+            "content_filter": "the server's filter stopped it",
+            "stop": "the answer is empty",
+        }
         print(f"(It ends here: {why.get(answer['finish_reason'], answer['finish_reason'])}.)", file=sys.stderr)
     return answer
 
@@ -319,8 +409,10 @@ def list_models() -> list[dict]:
     """Return the models you can ask, fine-tuned ones first: dicts of id, owned_by and shutdown_date (str or None)."""
     client = patient_client()
     with server_errors_explained(client):
-        models = [{"id": model.id, "owned_by": model.owned_by, "shutdown_date": getattr(model, "shutdown_date", None)}
-                  for model in client.models.list()]
+        models = [
+            {"id": model.id, "owned_by": model.owned_by, "shutdown_date": getattr(model, "shutdown_date", None)}
+            for model in client.models.list()
+        ]
     return sorted(models, key=lambda model: (not model["id"].startswith("ft:"), model["id"]))
 
 
@@ -339,32 +431,45 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description="Step 4: ask a fine-tuned model a question, or chat with it.",
         epilog="One argument alone is the MODEL if it starts with ft: or ftjob- or is a name that the server lists, "
-               "else the QUESTION.")
-    parser.add_argument("model", nargs="?", metavar="MODEL",
-                        help="a model name or a job id (default: the job in fine_tune_job.json)")
-    parser.add_argument("question", nargs="?", metavar="QUESTION",
-                        help="without it, or with -, the question is read from a pipe; on a terminal, a chat begins")
-    parser.add_argument("--system", metavar="TEXT", help="system prompt (default: that of the training data)")
-    parser.add_argument("--temperature", type=float, default=TEMPERATURE, metavar="T", help="default: %(default)s")
-    parser.add_argument("--max-tokens", type=int, default=MAX_TOKENS, metavar="N", help="default: %(default)s")
-    parser.add_argument("--compare", action="store_true", help="ask the base model, too")
-    parser.add_argument("--list-models", action="store_true", help="show the models you can ask, and stop")
-    parser.add_argument("--json", action="store_true", help="print one JSON document: answer, usage, latency, ...")
+        "else the QUESTION.",
+    )
+    add = parser.add_argument
+    add("model", nargs="?", metavar="MODEL", help="model name or job id (default: the job in fine_tune_job.json)")
+    add(
+        "question",
+        nargs="?",
+        metavar="QUESTION",
+        help="without it, or with -, it is read from a pipe; on a terminal, a chat begins",
+    )
+    add("--system", metavar="TEXT", help="system prompt (default: that of the training data)")
+    add("--temperature", type=float, default=TEMPERATURE, metavar="T", help="default: %(default)s")
+    add("--max-tokens", type=int, default=MAX_TOKENS, metavar="N", help="longest answer (default: %(default)s)")
+    add("--compare", action="store_true", help="ask the base model, too")
+    add("--list-models", action="store_true", help="show the models you can ask, and stop")
+    add("--json", action="store_true", help="print one JSON document: answer, usage, latency, ...")
     return parser
 
 
-def read_model_and_question(args) -> tuple[str | None, str | None]:
-    """Return (model, question) as the command line and a pipe give them; None: the recorded model, a chat."""
+def tell_apart(args) -> tuple[str | None, str | None]:
+    """Return (model, question) as the command line gives them; None: the recorded model, no question yet."""
     model, question = args.model, args.question
-    if model and not question and not model.startswith(("ft:", "ftjob-")) and (
-            " " in model or model == "-" or model not in [listed["id"] for listed in list_models()]):
-        model, question = None, model
+    if (
+        model
+        and not question
+        and not model.startswith(("ft:", "ftjob-"))
+        and (" " in model or model == "-" or model not in [listed["id"] for listed in list_models()])
+    ):
+        return None, model
+    return model, question
+
+
+def read_question(question: str | None, args) -> str | None:
+    """Return the question, from a pipe if need be; None: a chat."""
     if question == "-" or (question is None and not sys.stdin.isatty()):
         question = sys.stdin.read().strip()
     if not question and (question is not None or args.compare or args.json):
         raise StepError("There is no question: give one as an argument or through a pipe.")
-    # A terminal or a pipe may deliver bytes that are not UTF-8; the API takes none.
-    return model, question and question.encode("utf-8", "replace").decode()
+    return question
 
 
 def print_models(as_json: bool) -> None:
@@ -380,9 +485,10 @@ def print_models(as_json: bool) -> None:
 def run(args) -> None:
     if args.list_models:
         return print_models(args.json)
-    name, question = read_model_and_question(args)
+    name, question = tell_apart(args)
     client = patient_client()
     model, base_model, recorded = resolve_model(client, name)
+    question = read_question(question, args)  # after the model: that a job is missing comes before the question
     if args.compare and not base_model:
         raise StepError(f"The base model of {model} is not known: set FINE_TUNE_MODEL to its name.")
     system = recorded if args.system is None else args.system
@@ -402,11 +508,14 @@ def run(args) -> None:
         if args.compare:
             print(f"--- {role.replace('_', '-')}: {asked[role]}")
         print_answer(client, asked[role], messages, **parameters)
-    print("\nNext: python test_model.py", file=sys.stderr)
+    tested = f" {name}" if name and model != base_model else ""  # step 5 compares no model with itself
+    print(f"\nNext: python test_model.py{tested}", file=sys.stderr)
 
 
 def main(argv: list[str] | None = None) -> int:
-    args = build_parser().parse_args(argv)
+    words = sys.argv[1:] if argv is None else argv
+    # A terminal may deliver bytes that are not UTF-8; the API takes none.
+    args = build_parser().parse_args([word.encode("utf-8", "replace").decode() for word in words])
     for stream in (sys.stdin, sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")  # a terminal without UTF-8 shows ? and does not end the run

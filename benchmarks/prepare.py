@@ -8,8 +8,9 @@ Each contender runs in a process of its own, on the same file, in turn, so that 
              in memory before the clock starts. It needs the vocabulary, so loading that is in its time, as in all.
     naive    what a tutorial usually shows: json.loads for every line, encode for every message, json.dumps
     script   prepare_training_data.py, whole: reads, judges, compares, counts and writes
-"cpu" is processor time, which other work on the machine disturbs less than the clock. The texts are random slices of the
-documentation strings in Python's own library, no row twice. Needs the vocabulary in tiktoken's cache.
+"cpu" is processor time, which other work on the machine disturbs less than the clock. The texts are random slices of
+the documentation strings in Python's own library, no row twice, under one system prompt, as in real training data.
+Needs the vocabulary in tiktoken's cache (TIKTOKEN_CACHE_DIR).
 """
 
 import argparse
@@ -29,6 +30,9 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 ENCODING = "o200k_base"
+SYSTEM = (
+    "You are an assistant for Python's standard library. Answer from its documentation, and say so if it is silent."
+)
 
 
 def documentation() -> str:
@@ -48,7 +52,7 @@ def write_rows(path: Path, megabytes: int, mean_chars: int):
     size = number = 0
     with open(path, "w", encoding="utf-8", newline="\n") as output:
         while size < megabytes * 1_000_000:
-            messages = []
+            messages = [{"role": "system", "content": SYSTEM}]
             for turn in range(2 * choose.randint(1, 3)):
                 start, length = choose.randrange(len(pool)), 60 + int(choose.expovariate(1 / mean_chars))
                 text = f"{number}.{turn} {pool[start : start + length]}"
@@ -115,6 +119,9 @@ def main() -> int:
     if len(sys.argv) == 3 and sys.argv[1] in contenders:
         contenders[sys.argv[1]](sys.argv[2])
         return 0
+    if len(sys.argv) == 5 and sys.argv[1] == "rows":
+        write_rows(Path(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4]))
+        return 0
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--sizes", type=int, nargs="+", default=[10, 100], metavar="MB")
     parser.add_argument("--rounds", type=int, default=3)
@@ -125,12 +132,15 @@ def main() -> int:
     for size in args.sizes:
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "rows.jsonl"
-            write_rows(path, size, args.chars)
+            # In a process of its own: a child's peak memory is never less than its parent's.
+            subprocess.run([sys.executable, __file__, "rows", str(path), str(size), str(args.chars)], check=True)
             results: dict = {contender: [] for contender in contenders}
             for _ in range(args.rounds):
                 for contender, measured in results.items():
                     measured.append(measure(contender, path))
-        seconds = {name: statistics.median(result["seconds"] for result in measured) for name, measured in results.items()}
+        seconds = {
+            name: statistics.median(result["seconds"] for result in measured) for name, measured in results.items()
+        }
         for name, measured in results.items():
             # throughput against the floor's and the naive script's: more is faster
             ratios = f"{seconds['floor'] / seconds[name]:>10.2f}{seconds['naive'] / seconds[name]:>10.2f}"

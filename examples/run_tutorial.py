@@ -16,12 +16,12 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from urllib.parse import urlsplit
 
 ROOT = Path(__file__).resolve().parent.parent
 WORK = ROOT / ".tutorial"
 DATA = WORK / "local_api"
 CACHE = ROOT / ".local_api" / "cache"  # shared with `python -m local_api`, so that the base model is fetched once
-START_SECONDS = 60
 STOP_SECONDS = 15
 
 # The steps as README.md shows them.
@@ -64,27 +64,41 @@ def prepare_base_model() -> None:
         raise SystemExit(f"{error}") from None
 
 
-def start_server() -> tuple[subprocess.Popen[str], str]:
-    """Start the local API on a free port; return its process and its base URL once it answers."""
-    log = open(WORK / "local_api.log", "w", encoding="utf-8")  # noqa: SIM115 - the server writes to it until it ends
+def start_server() -> subprocess.Popen[str]:
+    """Start the local API on a free port."""
     command = [sys.executable, "-m", "local_api", "--port", "0", "--data-dir", str(DATA), "--cache-dir", str(CACHE)]
-    server = subprocess.Popen(
-        command,
-        cwd=ROOT,
-        env=own_environment("http://127.0.0.1"),
-        stdout=subprocess.PIPE,
-        stderr=log,
-        text=True,
-        # Ctrl-C in this terminal must reach us first: we then stop the server in order.
-        start_new_session=os.name == "posix",
-        creationflags=getattr(subprocess, "CREATE_NEW_PROCESS_GROUP", 0),
-    )
+    with open(WORK / "local_api.log", "w", encoding="utf-8") as log:
+        return subprocess.Popen(
+            command,
+            cwd=ROOT,
+            env=own_environment("http://127.0.0.1"),
+            stdout=subprocess.PIPE,
+            stderr=log,
+            text=True,
+            # Ctrl-C in this terminal must reach us first: we then stop the server in order.
+            start_new_session=os.name == "posix",
+            creationflags=getattr(subprocess, "CREATE_NEW_PROCESS_GROUP", 0),
+        )
+
+
+def address(server: subprocess.Popen[str]) -> str:
+    """Return the server's base URL once it answers."""
     assert server.stdout is not None
     ready = re.search(r"http://\S+/v1", server.stdout.readline())
     if not ready:
-        server.wait(START_SECONDS)
-        raise SystemExit(f"The local API did not start; see {WORK / 'local_api.log'}")
-    return server, ready[0]
+        raise SystemExit("The local API did not start; .tutorial/local_api.log says why.")
+    return ready[0]
+
+
+def cancel_unfinished_jobs(base_url: str) -> None:
+    """An interrupted run leaves a job that would be trained first; this run wants its own."""
+    from openai import OpenAI
+
+    client = OpenAI(api_key="local", base_url=base_url)
+    for job in client.fine_tuning.jobs.list():
+        if job.status not in ("succeeded", "failed", "cancelled"):
+            client.fine_tuning.jobs.cancel(job.id)
+            print(f"Cancelled {job.id}, which an interrupted run had left unfinished.")
 
 
 def stop_server(server: subprocess.Popen[str]) -> None:
@@ -107,25 +121,30 @@ def run_step(number: int, command: str, environment: dict[str, str]) -> int:
 
 
 def main() -> int:
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(130))
+    for name in ("SIGTERM", "SIGHUP"):  # the second: the terminal was closed
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), lambda *_: sys.exit(130))
     started = time.monotonic()
     WORK.mkdir(exist_ok=True)
-    prepare_base_model()
-    server, base_url = start_server()
-    print(f"Local API started at {base_url} (its log: .tutorial/local_api.log)")
+    server = None
     try:
-        environment = own_environment(base_url)
+        prepare_base_model()
+        server = start_server()
+        base_url = address(server)
+        print(f"Local API started at {base_url} (its log: .tutorial/local_api.log)", flush=True)
+        cancel_unfinished_jobs(base_url)
         for number, command in enumerate(STEPS, start=1):
-            code = run_step(number, command, environment)
+            code = run_step(number, command, own_environment(base_url))
             if code not in (0, 1) or (code == 1 and number < len(STEPS)):
                 print(f"\nStep {number} ended with exit code {code}; the lines above say why.", file=sys.stderr)
                 return code
     except KeyboardInterrupt:
-        print("\nInterrupted; the local API is being stopped.", file=sys.stderr)
+        print("\nInterrupted; the local API is stopped.", file=sys.stderr)
         return 130
     finally:
-        stop_server(server)
-    port = base_url.split(":")[2].split("/")[0]
+        if server:
+            stop_server(server)
+    port = urlsplit(base_url).port
     print(f"\nDone in {(time.monotonic() - started) / 60:.1f} minutes. The results: .tutorial/test_results.json")
     print("The local API was stopped. To ask your model more questions, start it again where it left off:")
     print(f"  python -m local_api --port {port} --data-dir .tutorial/local_api --cache-dir .local_api/cache")

@@ -12,19 +12,20 @@ import time
 from contextlib import contextmanager
 from types import SimpleNamespace
 
-TRAINER = r'''
+TRAINER = r"""
 import json, os, signal, sys, time
 from pathlib import Path
 
 directory = Path(sys.argv[-1])
 job = json.loads((directory / "job.json").read_text())
 first = json.loads(open(job["training_file"]).readline())["messages"][0]["content"]
-behaviour = first if first in ("slow", "crash", "fail", "no memory", "stubborn", "nan") else "normal"
+behaviour = first if first in ("held", "stubborn", "slow", "crash", "fail", "no memory", "nan") else "normal"
 asked_to_stop = []
 signal.signal(signal.SIGTERM, lambda *_: behaviour == "stubborn" or asked_to_stop.append(1))
 n_epochs = job["hyperparameters"]["n_epochs"]
 n_epochs = 5 if n_epochs == "auto" else n_epochs
-steps, pause = n_epochs * 2, 0.15 if behaviour in ("slow", "stubborn") else 0.01
+steps, pause = n_epochs * 2, 0.15 if behaviour == "slow" else 0.01
+go = directory.parent.parent / "go"  # what a trainer that is held, or stubborn too, waits for after its third step
 events = open(directory / "events.jsonl", "a")
 
 def report(**line):
@@ -56,6 +57,11 @@ done = int(resume.read_text()) if resume.exists() else 0
 report(type="update", hyperparameters={"n_epochs": n_epochs, "batch_size": 2, "learning_rate_multiplier": 1.0})
 for step in range(done + 1, steps + 1):
     time.sleep(pause)
+    while behaviour in ("held", "stubborn") and step == 4 and not go.exists() and not asked_to_stop:
+        time.sleep(0.01)
+    if asked_to_stop:
+        write(resume, str(step - 1))
+        sys.exit(0)
     loss = float("nan") if behaviour == "nan" else 1 / step
     report(type="update", estimated_finish=int(time.time() + pause * (steps - step)))
     report(level="info", type="metrics", message=f"Step {step}/{steps}: training loss={loss:.2f}",
@@ -66,14 +72,11 @@ for step in range(done + 1, steps + 1):
         write(folder / "metrics.json", json.dumps({
             "step_number": step, "created_at": int(time.time()), "metrics": {"step": step, "train_loss": loss}}))
         write(resume, str(step))
-    if asked_to_stop:
-        write(resume, str(step))
-        sys.exit(0)
 save_adapter(directory / "adapter")
 columns = "step,train_loss,train_accuracy,valid_loss,valid_mean_token_accuracy"
 (directory / "result.csv").write_text(columns + "\n1,1.0,0.5,,\n")
 finish({"status": "succeeded", "trained_tokens": 1234})
-'''
+"""
 
 ENDS = ("succeeded", "failed", "cancelled")
 

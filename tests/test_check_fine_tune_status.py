@@ -203,6 +203,7 @@ def test_metrics_from_the_message_alone(api, capsys):
 
 def test_figures_that_are_no_numbers(api, capsys):
     """A diverged run: null and NaN break neither the lines nor the JSON."""
+    api.job_plan = ["running"]
     job = api.add_job(status="running")
     api.add_event(job["id"], "Step 1/3", step=1, total_steps=3, train_loss=None)
     api.add_event(job["id"], "Step 2/3", step=2, total_steps=3, train_loss=float("nan"), valid_loss=None)
@@ -285,6 +286,19 @@ def test_only_new_events_are_fetched(api, fast, monkeypatch):
     assert script.main(["--wait", job["id"]]) == 0
     pages = [request for request in api.requests if request.path.endswith("/events")]
     assert sum("after" in request.query for request in pages) == 2, "250 events are three pages, read once"
+
+
+@pytest.mark.parametrize("times", [[5, 5, 5, 5], [5, 6, 7, 8], [9, 9, 3, 4], [0, 0, 0, 0]])
+@pytest.mark.parametrize("oldest_first", [False, True])
+def test_steps_come_in_order_whatever_the_page_says(api, capsys, times, oldest_first):
+    job = api.add_job(status="running")
+    api.job_plan = ["running"]
+    for step, created_at in enumerate(times, 1):
+        api.add_step(job["id"], step, 4)
+        api.events[job["id"]][-1]["created_at"] = created_at
+    if oldest_first:
+        api.events[job["id"]].reverse()
+    assert [figures["step"] for figures in check_json([job["id"]], capsys)[1]["metrics"]] == [1, 2, 3, 4]
 
 
 def test_a_server_whose_pages_never_end(api, fast):
@@ -474,6 +488,10 @@ def test_clean_up_shows_first_and_deletes_with_yes(api, capsys):
     assert json.loads(capsys.readouterr().out)["deleted"] == [training["id"], job["result_files"][0], model]
     assert api.files == {} and model not in api.models
     assert script.main(["--clean-up", job["id"], "--yes"]) == 0, "what is gone is gone"
+    gone = capsys.readouterr().out.splitlines()
+    assert len(gone) == 3 and all(line.startswith("already gone: ") for line in gone)
+    assert script.main([job["id"]]) == 0
+    assert "The fine-tuned model was deleted.\nNext: python fine_tune.py --force" in capsys.readouterr().out
 
 
 def test_clean_up_keeps_what_a_running_job_reads(api, capsys):
@@ -513,6 +531,24 @@ def test_a_record_of_another_server(api, capsys):
     assert "https://api.openai.com/v1" in capsys.readouterr().err
     assert api.requests == []
     assert script.main([job["id"]]) == 0, "a named job is asked for where the client points"
+
+
+def test_a_record_of_the_same_server_under_another_name(api):
+    job = api.add_job()
+    write_job_record(api, job, base_url=api.base_url.replace("127.0.0.1", "localhost") + "/")
+    assert script.main([]) == 0
+
+
+def test_the_next_command_repeats_the_job_id_that_was_given(api, capsys):
+    api.job_plan = ["running"]
+    job = api.add_job()
+    assert script.main([job["id"]]) == 0
+    assert capsys.readouterr().out.endswith(f"Next: python check_fine_tune_status.py {job['id']} --wait\n")
+    assert script.main([job["id"], "--wait", "--timeout", "0.1"]) == 3
+    assert f"check_fine_tune_status.py {job['id']} --wait" in capsys.readouterr().err
+    api.finish(job["id"])
+    assert script.main([job["id"]]) == 0
+    assert capsys.readouterr().out.endswith(f"Next: python use_fine_tuned_model.py {job['id']}\n")
 
 
 def test_unknown_job(api, capsys):
@@ -579,7 +615,11 @@ def test_with_the_real_server(tiny_api, tmp_path):
         return done.stdout
 
     job_id = run("fine_tune.py", "--quiet", "--n-epochs", "1").strip()
-    assert "New fine-tuned model created: ft:tiny:local:" in run("check_fine_tune_status.py", "--wait")
+    followed = run("check_fine_tune_status.py", "--wait")
+    assert "New fine-tuned model created: ft:tiny:local:" in followed
+    assert followed.endswith("Next: python use_fine_tuned_model.py\n")
+    run("check_fine_tune_status.py", "--clean-up", job_id, "--yes")
+    assert "model was deleted" in run("check_fine_tune_status.py")
     seen = json.loads(run("check_fine_tune_status.py", "--json", "--plot", "loss.svg"))
     assert (seen["job_id"], seen["status"], seen["hyperparameters"]["n_epochs"]) == (job_id, "succeeded", 1)
     assert seen["metrics"] and seen["trained_tokens"] and seen["cost"] == 0

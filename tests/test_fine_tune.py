@@ -232,6 +232,43 @@ def test_a_copy_that_stands_alone_says_what_it_leaves_out(api, tmp_path):
     assert done.returncode == 0, done.stderr
     assert "prepare_training_data.py is not beside" in done.stderr
     assert len(api.jobs) == 1
+    assert record()["system_prompt"] == "You are a helpful assistant."
+
+
+@pytest.mark.parametrize("second", ["You are another.", None, 7])
+def test_rows_that_share_no_system_prompt(second):
+    row = chat_row(2) if second else {"messages": [{"role": "user", "content": "?"}]}
+    row["messages"][0]["content"] = second
+    content = (json.dumps(chat_row(1)) + "\n\n" + json.dumps(row) + "\n").encode()
+    assert fine_tune.shared_system_prompt(content) is None
+    assert fine_tune.shared_system_prompt(b"[]\n") is fine_tune.shared_system_prompt(b"") is None
+
+
+def files_here() -> dict:
+    return {path: path.read_bytes() for path in Path(".").rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("unanswered", [False, True])
+def test_a_dry_run_changes_nothing_and_always_checks(api, no_sleep, capsys, unanswered):
+    assert fine_tune.main([]) == 0
+    if unanswered:
+        api.fault("POST /fine_tuning/jobs", "drop before")
+        assert fine_tune.main(["--seed", "1"]) == 4
+    else:
+        assert fine_tune.main(["--n-epochs", "2"]) == 0
+    before, posts = files_here(), api.calls("POST *")
+    capsys.readouterr()
+    for argv, words in ((["--n-epochs", "3"], "would upload"), ([], "would go on with job ftjob-0002")):
+        assert fine_tune.main(["--dry-run", *argv]) == 0
+        captured = capsys.readouterr()
+        assert "Data:  12 examples" in captured.err and "Cost:" in captured.err
+        assert words in captured.out and captured.out.endswith("Nothing was sent.\n")
+    assert (files_here(), api.calls("POST *")) == (before, posts)
+
+
+def test_one_epoch_is_not_epochs(api, capsys):
+    assert fine_tune.main(["--dry-run", "--n-epochs", "1"]) == 0
+    assert "for 1 epoch\n" in capsys.readouterr().err
 
 
 # Exactly once
@@ -286,6 +323,29 @@ def test_every_fault_at_every_request(api, no_sleep, capsys, match, kind, how, m
 def test_every_fault_while_looking_for_what_was_lost(api, no_sleep, match, kind, how):
     api.fault("POST" + match[3:], "drop after")
     assert_exactly_once(api, play(api, match, kind, how))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("kind", "how"), ALL_FAULTS, ids=lambda value: str(value))
+@pytest.mark.parametrize("number", range(6))
+def test_every_fault_at_every_request_with_two_files(api, no_sleep, kind, how, number):
+    write_rows("validation.jsonl", range(20, 32))
+    argv = ["--validation-file", "validation.jsonl", "--force"]
+    codes = play(api, number, kind, how, argv)
+    assert codes[-1] == 0, codes
+    assert (len(api.files), len(api.jobs)) == (2, 1)
+    assert record()["job_id"] in api.jobs
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("kind", "how"), ALL_FAULTS, ids=lambda value: str(value))
+def test_every_fault_while_deleting_the_orphan(api, no_sleep, kind, how):
+    api.fault("POST /fine_tuning/jobs", "403", times=9, code="training_not_available")
+    api.fault("DELETE /files/*", kind, **how)
+    codes = [fine_tune.main([]), fine_tune.main([])]
+    assert codes[-1] == 2 and set(codes) <= {2, 4}
+    assert api.jobs == {}
+    assert api.files == {} or kind == "404", "a server that says the file is gone is believed"
 
 
 @pytest.mark.slow
@@ -374,6 +434,49 @@ def test_refused_connection_leaves_no_doubt(api, monkeypatch, capsys):
     assert fine_tune.main([]) == 4
     assert "is the local API running?" in capsys.readouterr().err
     assert not Path("fine_tune_job.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("argv", "match", "kind"),
+    [
+        (["--model", "nope"], "POST /nothing", "400"),
+        (["--suffix", ""], "POST /fine_tuning/jobs", "400"),
+        (["--force"], "POST /files", "413"),
+    ],
+)
+def test_a_refused_job_leaves_the_earlier_one_current(api, capsys, argv, match, kind):
+    assert fine_tune.main([]) == 0
+    first = record()
+    api.fault(match, kind)
+    assert fine_tune.main(argv) == 2
+    assert record() == first
+    assert fine_tune.main([]) == 0 and len(api.jobs) == 1
+    api.add_model("nope")
+    assert fine_tune.main(argv) == 0, "what was refused can be had later"
+    assert len(api.jobs) == 2 and record()["job_id"] == list(api.jobs)[-1]
+    assert len(api.files) == (2 if argv == ["--force"] else 1)
+
+
+def test_a_deleted_model_is_told(api, capsys):
+    assert fine_tune.main([]) == 0
+    model = api.finish(record()["job_id"])["fine_tuned_model"]
+    assert fine_tune.main([]) == 0
+    assert "--force" not in capsys.readouterr().err
+    del api.models[model]
+    assert fine_tune.main([]) == 0
+    assert f"{model} was deleted: python fine_tune.py --force" in capsys.readouterr().err
+    api.fault("GET /models", "404")
+    assert fine_tune.main([]) == 0
+    assert "was deleted" not in capsys.readouterr().err, "a server without that list tells nothing"
+
+
+def test_one_server_under_two_names_is_one_server(api, monkeypatch):
+    assert fine_tune.main([]) == 0
+    monkeypatch.setenv("OPENAI_BASE_URL", api.base_url.replace("127.0.0.1", "localhost") + "/")
+    assert fine_tune.main([]) == 0
+    assert len(api.jobs) == 1
+    assert not fine_tune.same_server("http://localhost:1/v1", "http://localhost:2/v1")
+    assert not fine_tune.same_server("http://localhost/v1", "http://localhost.example/v1")
 
 
 # Killed
@@ -577,6 +680,13 @@ def test_unknown_model(api, capsys):
         (["missing.jsonl"], "Cannot read missing.jsonl"),
         (["--extra", "[1]"], "--extra"),
         (["--n-epochs", "x"], "--n-epochs"),
+        (["--n-epochs", "0"], "--n-epochs"),
+        (["--batch-size", "-1"], "--batch-size"),
+        (["--learning-rate-multiplier", "nan"], "--learning-rate-multiplier"),
+        (["--learning-rate-multiplier", "inf"], "--learning-rate-multiplier"),
+        (["--learning-rate-multiplier", "0"], "--learning-rate-multiplier"),
+        (["--max-cost", "nan"], "--max-cost"),
+        (["--extra", '{"lora_alpha": NaN}'], "--extra"),
     ],
 )
 def test_usage(api, capsys, argv, words):
@@ -595,6 +705,59 @@ def test_no_server_named(api, monkeypatch, capsys):
     monkeypatch.setattr("dotenv.load_dotenv", lambda: False)
     assert fine_tune.main([]) == 2
     assert ".env.example" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "words"),
+    [
+        ("OPENAI_API_KEY", "sk-abc\u2013def", "typographic dash"),
+        ("OPENAI_API_KEY", "sk-abc\ndef", "typographic dash"),
+        ("OPENAI_BASE_URL", "http://[::1", "begin it with http:// or https://"),
+        ("OPENAI_BASE_URL", "127.0.0.1:8321/v1", "begin it with http:// or https://"),
+        ("OPENAI_BASE_URL", "localhost:8321/v1", "begin it with http:// or https://"),
+        ("FINE_TUNE_TIMEOUT", "abc", "number of seconds"),
+        ("FINE_TUNE_TIMEOUT", "nan", "number of seconds"),
+        ("FINE_TUNE_TIMEOUT", "-1", "number of seconds"),
+    ],
+)
+def test_settings_of_no_use(api, monkeypatch, capsys, name, value, words):
+    monkeypatch.setenv(name, value)
+    assert fine_tune.main([]) == 2
+    err = capsys.readouterr().err
+    assert words in err and name in err and len(err.splitlines()) == 1
+
+
+@pytest.mark.parametrize("module", ["openai", "dotenv"])
+def test_an_environment_that_is_not_activated(api, monkeypatch, capsys, module):
+    monkeypatch.setitem(sys.modules, module, None)
+    assert fine_tune.main([]) == 2
+    err = capsys.readouterr().err
+    assert f"{module} is not installed here" in err and "pip install -r requirements.txt" in err
+
+
+def test_an_address_without_v1(api, monkeypatch, capsys):
+    monkeypatch.setenv("OPENAI_BASE_URL", api.base_url.removesuffix("/v1") + "/api")
+    assert fine_tune.main([]) == 2
+    assert "ends in /v1" in capsys.readouterr().err
+    monkeypatch.setenv("OPENAI_BASE_URL", api.base_url)
+    api.fault("POST /files", "404")
+    assert fine_tune.main([]) == 2
+    assert "/v1 on most" not in capsys.readouterr().err
+
+
+def test_a_key_that_is_no_secret_corrupts_no_sentence(api, monkeypatch, capsys):
+    monkeypatch.setenv("OPENAI_API_KEY", "local")
+    api.check_key = False
+    api.fault("POST /files", "400", message="ft:tiny:local::1 is no file")
+    assert fine_tune.main([]) == 2
+    assert "ft:tiny:local::1" in capsys.readouterr().err
+
+
+def test_a_record_that_is_a_folder(api, capsys):
+    Path("fine_tune_job.json").mkdir()
+    assert fine_tune.main([]) == 2
+    assert "fine_tune_job.json is not readable" in capsys.readouterr().err
+    assert api.calls("POST *") == 0
 
 
 def test_a_record_that_is_no_json(api, capsys):

@@ -3,6 +3,7 @@
 Every answer is checked twice: by the SDK's strict response validation and against OpenAI's OpenAPI document.
 """
 
+import hashlib
 import json
 import sqlite3
 import time
@@ -152,6 +153,51 @@ def test_no_path_from_a_client_reaches_the_file_system(http, path):
         assert http.delete("/v1/" + route.format(path)).status_code in (404, 405)
 
 
+# Uploads
+
+
+def test_an_upload_in_parts_becomes_a_file(client, http, server):
+    content = training_file()
+    announced = {"filename": "big.jsonl", "purpose": "fine-tune", "bytes": len(content), "mime_type": "text/jsonl"}
+    upload = conforms(http.post("/v1/uploads", json=announced).json(), "POST /uploads")
+    assert upload["status"] == "pending" and upload["expires_at"] == upload["created_at"] + 3600
+    path = f"/v1/uploads/{upload['id']}"
+    parts = [http.post(f"{path}/parts", files={"data": half}).json() for half in (content[500:], content[:500])]
+    conforms(parts[0], "POST /uploads/{upload_id}/parts")
+    ids = [part["id"] for part in parts]
+    for body, param in (({"part_ids": ids, "md5": "0" * 32}, "md5"), ({"part_ids": ids[:1]}, "part_ids"),
+                        ({"part_ids": ["part_unknown"]}, "part_ids"), ({"part_ids": []}, "part_ids")):  # fmt: skip
+        answer = http.post(f"{path}/complete", json=body)
+        assert answer.status_code == 400 and answer.json()["error"]["param"] == param
+    md5 = hashlib.md5(content).hexdigest()
+    done = http.post(f"{path}/complete", json={"part_ids": ids[::-1], "md5": md5}).json()
+    assert conforms(done, "POST /uploads/{upload_id}/complete")["status"] == "completed"
+    assert client.files.content(done["file"]["id"]).content == content
+    assert http.post(f"{path}/cancel").status_code == 400
+    assert not any(server[1].state.store.file_path(part_id).exists() for part_id in ids)
+
+
+def test_the_sdk_uploads_in_chunks(client, tmp_path):
+    (tmp_path / "big.jsonl").write_bytes(training_file())
+    upload = client.uploads.upload_file_chunked(file=tmp_path / "big.jsonl", mime_type="text/jsonl",
+                                                purpose="fine-tune", part_size=300)  # fmt: skip
+    assert client.files.content(upload.file.id).content == training_file()
+
+
+def test_uploads_are_cancelled_and_expire(client, http, server):
+    arguments = {"filename": "x", "purpose": "user_data", "bytes": 1, "mime_type": "text/plain"}
+    upload = client.uploads.create(**arguments)
+    part = client.uploads.parts.create(upload.id, data=b"x")
+    cancelled = conforms(http.post(f"/v1/uploads/{upload.id}/cancel").json(), "POST /uploads/{upload_id}/cancel")
+    assert cancelled["status"] == "cancelled" and not server[1].state.store.file_path(part.id).exists()
+    refusal(lambda: client.uploads.parts.create(upload.id, data=b"x"), 400, None, "invalid_status")
+    late = client.uploads.create(**arguments)
+    server[1].state.store.update("upload", late.id, expires_at=late.created_at)  # time passes
+    assert "expired" in refusal(lambda: client.uploads.complete(late.id, part_ids=["x"]), 400, None, "invalid_status")
+    refusal(lambda: client.uploads.cancel("upload_unknown"), 404, "id")
+    refusal(lambda: client.uploads.create(**{**arguments, "bytes": 9 * 2**30}), 400, "bytes", "invalid_value")
+
+
 # Jobs
 
 
@@ -195,7 +241,7 @@ def test_the_last_three_checkpoints_are_models(client, http, finished):
 
 def test_jobs_page_and_filter_by_metadata(client, http):
     file = upload(client).id
-    marks = [{"run": "1", 'odd "key\'': "a=b&c"}, {"run": "2"}, {"run": "1", "empty": ""}, None]
+    marks = [{"run": "1", "odd \"key'": "a=b&c"}, {"run": "2"}, {"run": "1", "empty": ""}, None]
     ids = [client.fine_tuning.jobs.create(model="tiny-base", training_file=file, metadata=mark).id for mark in marks]
 
     def found(**metadata):
@@ -204,7 +250,7 @@ def test_jobs_page_and_filter_by_metadata(client, http):
     assert found() == ids[::-1]
     assert [job.id for job in client.fine_tuning.jobs.list(metadata={"run": "1"})] == [ids[2], ids[0]]
     assert found(**{"metadata[run]": "1", "metadata[empty]": ""}) == [ids[2]]
-    assert found(**{'metadata[odd "key\']': "a=b&c"}) == [ids[0]]
+    assert found(**{"metadata[odd \"key']": "a=b&c"}) == [ids[0]]
     assert found(**{"metadata[run]": "3"}) == []
     assert found(metadata="null") == [ids[3]]
     conforms(http.get("/v1/fine_tuning/jobs?limit=100").json(), "GET /fine_tuning/jobs")
@@ -221,7 +267,7 @@ def test_training_goes_on_from_a_fine_tuned_model(client, server, finished):
 
 
 def test_a_job_keeps_its_files_when_they_are_deleted(client):
-    blocker = client.fine_tuning.jobs.create(model="tiny-base", training_file=upload(client, training_file("slow")).id)
+    blocker = client.fine_tuning.jobs.create(model="tiny-base", training_file=upload(client, training_file("held")).id)
     file = upload(client)
     job = client.fine_tuning.jobs.create(model="tiny-base", training_file=file.id)
     client.files.delete(file.id)
@@ -257,9 +303,9 @@ def test_figures_that_are_no_numbers_become_null(client, http):
     assert {event["data"]["train_loss"] for event in events if event["type"] == "metrics"} == {None}
 
 
-def test_cancel_pause_and_resume(client, http):
-    slow, file = upload(client, training_file("slow")).id, upload(client).id
-    first = client.fine_tuning.jobs.create(model="tiny-base", training_file=slow)
+def test_cancel_pause_and_resume(client, http, server):
+    held, file = upload(client, training_file("held")).id, upload(client).id
+    first = client.fine_tuning.jobs.create(model="tiny-base", training_file=held)
     second = client.fine_tuning.jobs.create(model="tiny-base", training_file=file)
     wait_for(first.id, client, "running")
     assert wait_for(second.id, client, "queued")  # one at a time
@@ -268,13 +314,16 @@ def test_cancel_pause_and_resume(client, http):
     paused = http.post(f"{path}/pause").json()
     assert conforms(paused, "POST /fine_tuning/jobs/{fine_tuning_job_id}/pause")["status"] == "paused"
     wait_for(second.id, client, "succeeded")  # the next one does not wait for a paused one
+    go = server[1].state.store.data_dir / "go"
+    go.touch()
     resumed = http.post(f"{path}/resume").json()
     assert conforms(resumed, "POST /fine_tuning/jobs/{fine_tuning_job_id}/resume")["status"] == "queued"
     assert wait_for(first.id, client).status == "succeeded"
     steps = [e.data["step"] for e in client.fine_tuning.jobs.list_events(first.id, limit=100) if e.type == "metrics"]
     assert sorted(steps) == list(range(1, 11)), "it went on where it was, and no step was lost"
 
-    third = client.fine_tuning.jobs.create(model="tiny-base", training_file=slow)
+    go.unlink()
+    third = client.fine_tuning.jobs.create(model="tiny-base", training_file=held)
     wait_for(third.id, client, "running")
     cancelled = http.post(f"/v1/fine_tuning/jobs/{third.id}/cancel").json()
     assert conforms(cancelled, "POST /fine_tuning/jobs/{fine_tuning_job_id}/cancel")["status"] == "cancelled"
@@ -498,11 +547,12 @@ def test_wrong_chat_parameters_are_refused(client, changes, status, param, code)
 
 
 def test_null_is_the_same_as_absent(client):
-    chat = ("stream_options n temperature top_p max_tokens max_completion_tokens stop seed logprobs top_logprobs user tools "
-            "metadata service_tier response_format stream").split()  # fmt: skip
+    chat = ["stream_options", "n", "temperature", "top_p", "max_tokens", "max_completion_tokens", "stop", "seed",
+            "tools", "logprobs", "top_logprobs", "user", "metadata", "service_tier", "response_format",
+            "stream"]  # fmt: skip
     body = {"model": "tiny-base", "messages": [USER], **dict.fromkeys(chat)}
     assert client.post("/chat/completions", body=body, cast_to=object)["choices"][0]["message"]["content"]
-    job = "validation_file hyperparameters method suffix seed metadata integrations".split()
+    job = ["validation_file", "hyperparameters", "method", "suffix", "seed", "metadata", "integrations"]
     body = {"model": "tiny-base", "training_file": upload(client).id, **dict.fromkeys(job)}
     assert client.post("/fine_tuning/jobs", body=body, cast_to=object)["status"] == "validating_files"
 
@@ -512,6 +562,56 @@ def test_values_that_change_nothing_are_accepted(client):
                  response_format={"type": "text"}, store=False, tools=[], tool_choice="none", metadata={"a": "b"},
                  service_tier="auto", stream=False, logprobs=False)  # fmt: skip
     assert answer.choices[0].message.content == "You said: hello "
+
+
+# Responses
+
+
+def test_a_plain_response(client, http, server):
+    response = client.responses.create(model="tiny-base", input="how are you", instructions="Be brief.", temperature=0)
+    assert response.output_text == "You said: how are you " and response.status == "completed"
+    assert (response.usage.input_tokens, response.usage.output_tokens, response.usage.total_tokens) == (5, 5, 10)
+    engine_request = server[1].state.engine.requests[-1]
+    assert engine_request.messages[0] == {"role": "system", "content": "Be brief."} and engine_request.temperature == 0
+    cut = client.responses.create(model="tiny-base", input="slow", max_output_tokens=2)
+    assert cut.status == "incomplete" and cut.incomplete_details.reason == "max_output_tokens"
+    conforms(http.post("/v1/responses", json={"model": "tiny-base", "input": "hi"}).json(), "POST /responses")
+
+
+def test_a_response_goes_back_as_input(client, server):
+    history = [{"role": "user", "content": [{"type": "input_text", "text": "one"}]}]
+    history += client.responses.create(model="tiny-base", input=history).output
+    client.responses.create(model="tiny-base", input=[*history, {"role": "user", "content": "two"}])
+    contents = [message["content"] for message in server[1].state.engine.requests[-1].messages]
+    assert contents == ["one", "You said: one ", "two"]
+
+
+def test_a_streamed_response(client, http):
+    with client.responses.stream(model="tiny-base", input="hello there") as stream:
+        events = list(stream)
+        assert stream.get_final_response().output_text == "You said: hello there "
+    assert [event.sequence_number for event in events] == list(range(len(events)))
+    assert events[0].type == "response.created" and events[-1].type == "response.completed"
+    assert "".join(e.delta for e in events if e.type == "response.output_text.delta") == "You said: hello there "
+    answer = http.post("/v1/responses", json={"model": "tiny-base", "input": "broken", "stream": True})
+    assert '"message": "The model broke."' in answer.text.split("event: error")[1]
+
+
+@pytest.mark.parametrize("changes, status, param, code", [
+    ({"model": "gpt-4o"}, 404, "model", "model_not_found"),
+    ({"input": "too long"}, 400, "input", "context_length_exceeded"),
+    ({"input": []}, 400, "input", "invalid_value"),
+    ({"input": [{"role": "user", "content": [{"type": "input_image"}]}]}, 400, "input[0].content", "invalid_value"),
+    ({"input": [{"type": "function_call", "role": "user", "content": "x"}]}, 400, "input[0].type", "invalid_value"),
+    ({"previous_response_id": "resp_1"}, 400, "previous_response_id", "unsupported_parameter"),
+    ({"tools": [{"type": "web_search"}]}, 400, "tools", "unsupported_parameter"),
+    ({"store": True}, 400, "store", "unsupported_value"),
+    ({"text": {"format": {"type": "json_object"}}}, 400, "text", "unsupported_value"),
+    ({"unknown": 1}, 400, "unknown", "unknown_parameter"),
+])  # fmt: skip
+def test_wrong_response_parameters_are_refused(client, changes, status, param, code):
+    body = {"model": "tiny-base", "input": "hi", **changes}
+    refusal(lambda: client.post("/responses", body=body, cast_to=object), status, param, code)
 
 
 # Everything else

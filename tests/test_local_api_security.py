@@ -5,6 +5,7 @@ import json
 import logging
 import shutil
 import socket
+import time
 
 import httpx2
 import openai
@@ -81,6 +82,8 @@ def test_the_log_holds_no_contents_no_key_and_one_line_a_request(guarded, caplog
     body = {"model": "tiny-base", "messages": [{"role": "user", "content": "my private question"}]}
     assert httpx2.post(f"{guarded}/v1/chat/completions", headers=headers, json=body).status_code == 200
     httpx2.get(f"{guarded}/v1/models/a%0d%0aFAKE LINE?key=s3cret-ü", headers=headers)
+    while len(caplog.records) < 2:  # a line is written when its answer has been sent
+        time.sleep(0.01)
     lines = [record.getMessage() for record in caplog.records]
     assert len(lines) == 2 and not any("\n" in line or "\r" in line for line in lines)
     assert "POST /v1/chat/completions 200" in lines[0] and "3+5 tokens" in lines[0] and lines[0].startswith("req_")
@@ -122,7 +125,7 @@ def test_a_flood_of_form_fields_or_messages_is_refused(server):
 def test_too_many_waiting_jobs_are_refused(server, monkeypatch):
     monkeypatch.setattr("local_api.jobs.MAX_WAITING_JOBS", 1)
     client = openai.OpenAI(base_url=f"{server[0]}/v1", api_key="any", max_retries=0)
-    file = client.files.create(file=("data.jsonl", training_file("slow")), purpose="fine-tune")
+    file = client.files.create(file=("data.jsonl", training_file("held")), purpose="fine-tune")
     job = client.fine_tuning.jobs.create(model="tiny-base", training_file=file.id)
     with pytest.raises(openai.RateLimitError):
         client.fine_tuning.jobs.create(model="tiny-base", training_file=file.id)
@@ -167,10 +170,14 @@ def test_a_full_disk_is_said_and_survived(server, monkeypatch):
 def test_a_deleted_data_directory_fails_the_job_and_not_the_server(tmp_path):
     with running(tmp_path / "data") as (url, app):
         client = openai.OpenAI(base_url=f"{url}/v1", api_key="any", max_retries=0)
-        file = client.files.create(file=("data.jsonl", training_file("slow")), purpose="fine-tune")
+        file = client.files.create(file=("data.jsonl", training_file("held")), purpose="fine-tune")
         job = client.fine_tuning.jobs.create(model="tiny-base", training_file=file.id)
         wait_for(job.id, client, "running")
+        deadline = time.monotonic() + 10
+        while "step-2" not in str(list(app.state.store.job_dir(job.id).glob("checkpoints/*"))):
+            assert time.monotonic() < deadline
         shutil.rmtree(app.state.store.job_dir(job.id))
+        (tmp_path / "data" / "go").touch()
         with pytest.raises(AssertionError, match="failed"):
             wait_for(job.id, client, "succeeded", seconds=20)
         shutil.rmtree(tmp_path / "data")

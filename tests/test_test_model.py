@@ -29,7 +29,7 @@ TUNED = f"ft:{BASE}:acme::0001"
 
 @pytest.fixture
 def api(tmp_path, monkeypatch):
-    """A server with one finished job that fine_tune_job.json records; "right" in an answer passes write_cases()'s cases."""
+    """A server with one finished job, recorded in fine_tune_job.json."""
     with FakeAPI() as api:
         monkeypatch.chdir(tmp_path)
         for name, value in api.env().items():
@@ -46,8 +46,16 @@ def write_record(api, **more):
 
 
 def write_cases(count, **more):
-    rows = [{"id": f"c{number}", "question": f"Question {number}?", "answer": "right", "checks": {"contains": "right"}, **more}
-            for number in range(count)]
+    rows = [
+        {
+            "id": f"c{number}",
+            "question": f"Question {number}?",
+            "answer": "right",
+            "checks": {"contains": "right"},
+            **more,
+        }
+        for number in range(count)
+    ]
     Path("cases.json").write_text(json.dumps(rows), encoding="utf-8")
 
 
@@ -71,7 +79,7 @@ def results():
 
 
 def asked(api):
-    return [request.body for request in api.requests if request.path == "/chat/completions"]
+    return [request.body for request in api.requests if request.path == "/chat/completions" and request.body]
 
 
 # --- the statistics ---
@@ -80,8 +88,12 @@ def asked(api):
 @pytest.mark.parametrize(
     ("passed", "cases", "low", "high"),
     [  # Newcombe 1998, table I, method 3
-        (81, 263, 0.2553, 0.3662), (15, 148, 0.0624, 0.1605), (0, 20, 0.0, 0.1611), (1, 29, 0.0061, 0.1718),
-        (10, 10, 0.7225, 1.0), (5, 10, 0.2366, 0.7634),
+        (81, 263, 0.2553, 0.3662),
+        (15, 148, 0.0624, 0.1605),
+        (0, 20, 0.0, 0.1611),
+        (1, 29, 0.0061, 0.1718),
+        (10, 10, 0.7225, 1.0),
+        (5, 10, 0.2366, 0.7634),
     ],
 )
 def test_wilson_intervals_are_the_published_ones(passed, cases, low, high):
@@ -93,8 +105,11 @@ def test_wilson_of_no_case_says_nothing():
 
 
 def coverage(cases, rate):
-    return sum(math.comb(cases, k) * rate**k * (1 - rate) ** (cases - k) for k in range(cases + 1)
-               if step5.wilson_interval(k, cases)[0] <= rate <= step5.wilson_interval(k, cases)[1])
+    return sum(
+        math.comb(cases, k) * rate**k * (1 - rate) ** (cases - k)
+        for k in range(cases + 1)
+        if step5.wilson_interval(k, cases)[0] <= rate <= step5.wilson_interval(k, cases)[1]
+    )
 
 
 @pytest.mark.parametrize("cases", [10, 20, 42, 100])
@@ -104,11 +119,21 @@ def test_wilson_intervals_hold_the_true_rate_95_times_in_100(cases):
     assert min(covered) > 0.82  # the known dip close to 0 and 1
 
 
-@pytest.mark.parametrize(("fixed", "broken", "p"), [
-    (6, 0, 0.03125), (5, 0, 0.0625), (0, 6, 0.03125), (9, 1, 0.021484375), (8, 2, 0.109375), (0, 0, 1.0), (3, 3, 1.0),
-    (5, 15, 0.041389465), (59, 6, 9.7e-12)])
+@pytest.mark.parametrize(
+    ("fixed", "broken", "p"),
+    [
+        (6, 0, 0.03125),
+        (5, 0, 0.0625),
+        (0, 6, 0.03125),
+        (9, 1, 0.021484375),
+        (8, 2, 0.109375),
+        (0, 0, 1.0),
+        (3, 3, 1.0),
+        (5, 15, 0.041389465),
+    ],
+)
 def test_mcnemar_known_values(fixed, broken, p):
-    assert step5.mcnemar_exact(fixed, broken) == pytest.approx(p, rel=0.02)
+    assert step5.mcnemar_exact(fixed, broken) == pytest.approx(p)
 
 
 def test_mcnemar_is_the_two_sided_binomial_test_and_does_not_overflow():
@@ -119,7 +144,7 @@ def test_mcnemar_is_the_two_sided_binomial_test_and_does_not_overflow():
             two_sided = sum(chance for chance in likely if chance <= likely[fixed])
             assert step5.mcnemar_exact(fixed, broken) == pytest.approx(float(two_sided))
     assert step5.mcnemar_exact(3000, 0) == 0.0
-    assert 0.9 < step5.mcnemar_exact(50_000, 50_010) <= 1
+    assert 0.5 < step5.mcnemar_exact(1500, 1510) <= 1
 
 
 def test_equal_models_are_called_different_less_than_5_times_in_100():
@@ -140,8 +165,9 @@ def test_the_recommended_number_of_cases_shows_the_difference_8_times_in_10(fixe
     source = random.Random(7)
     shown = 0
     for _ in range(4000):
-        outcomes = Counter("f" if (draw := source.random()) < fixed else "b" if draw < fixed + broken else "-"
-                           for _ in range(cases))
+        outcomes = Counter(
+            "f" if (draw := source.random()) < fixed else "b" if draw < fixed + broken else "-" for _ in range(cases)
+        )
         shown += step5.give_verdict(outcomes["f"], outcomes["b"], cases)["verdict"] == "better"
     assert 0.7 < shown / 4000 < 0.9
 
@@ -156,39 +182,82 @@ def test_wilson_coverage_by_simulation(rate):
     assert 0.92 < held / 20_000 < 0.99
 
 
-@pytest.mark.parametrize(("fixed", "broken", "cases", "verdict"), [
-    (6, 0, 20, "better"), (0, 6, 20, "worse"), (5, 0, 20, "not enough cases"), (0, 0, 3, "not enough cases"),
-    (0, 0, 100, "no difference shown"), (10, 10, 40, "no difference shown"), (3, 1, 1000, "no difference shown"),
-    (0, 0, 0, "not enough cases")])
+@pytest.mark.parametrize(
+    ("fixed", "broken", "cases", "verdict"),
+    [
+        (6, 0, 20, "better"),
+        (0, 6, 20, "worse"),
+        (5, 0, 20, "not enough cases"),
+        (0, 0, 3, "not enough cases"),
+        (0, 0, 100, "no difference shown"),
+        (10, 10, 40, "no difference shown"),
+        (3, 1, 1000, "no difference shown"),
+        (0, 0, 0, "not enough cases"),
+    ],
+)
 def test_the_verdict_in_words(fixed, broken, cases, verdict):
     given_verdict = step5.give_verdict(fixed, broken, cases)
     assert given_verdict["verdict"] == verdict
     if verdict not in ("better", "worse"):
-        assert given_verdict["cases_needed"] > cases and f"about {given_verdict['cases_needed']} cases" in given_verdict["sentence"]
+        assert (
+            given_verdict["cases_needed"] > cases
+            and f"about {given_verdict['cases_needed']} cases" in given_verdict["sentence"]
+        )
 
 
 # --- the scores ---
 
 
-@pytest.mark.parametrize(("answer", "expected", "f1"), [
-    ("The cat sat.", "a cat sat", 1.0), ("cat", "dog", 0.0), ("b b", "b", 2 / 3), ("x y", "x y z w", 2 / 3),
-    ("the the", "a", 1.0), ("", "word", 0.0), ("$29 a month", "29 month", 1.0), ("Rhine-Main", "rhinemain", 1.0)])
+@pytest.mark.parametrize(
+    ("answer", "expected", "f1"),
+    [
+        ("The cat sat.", "a cat sat", 1.0),
+        ("cat", "dog", 0.0),
+        ("b b", "b", 2 / 3),
+        ("x y", "x y z w", 2 / 3),
+        ("the the", "a", 1.0),
+        ("", "word", 0.0),
+        ("$29 a month", "29 month", 1.0),
+        ("Rhine-Main", "rhinemain", 1.0),
+    ],
+)
 def test_token_f1_is_squads(answer, expected, f1):
     assert step5.token_f1(answer, expected) == pytest.approx(f1)
 
 
-FACTS = {"prices": ["$8", "$1,500"], "urls": ["https://help.x.example/start"], "plans": ["Pro"],
-         "limits": ["5 users", "10 business days", "30%"]}
+FACTS = {
+    "prices": ["$8", "$1,500"],
+    "urls": ["https://help.x.example/start"],
+    "plans": ["Pro"],
+    "limits": ["5 users", "10 business days", "30%"],
+}
 
 
-@pytest.mark.parametrize(("answer", "unknown"), [
-    ("It costs $8, or $1500 a year.", []), ("It costs $9.", ["$9"]), ("Pay 20 dollars.", ["20 dollars"]),
-    ("See help.x.example/start.", []), ("See https://help.x.example/other.", ["https://help.x.example/other"]),
-    ("See **https://help.x.example/start**", []), ("Go to evil.com now", ["evil.com"]), ("Mail us: a@b.io", ["a@b.io"]),
-    ("The Pro plan", []), ("Take the Gold plan", ["Gold"]), ("Your plan. Change plan", []),
-    ("up to 5 users", []), ("a 5-user team", []), ("up to 6 users", ["6 users"]), ("30 percent or 30%", []),
-    ("in 10 business days", []), ("in 11 business days", ["11 business days"]), ("1. Open it\n2. Click it", []),
-    ("You said 7 days?", []), ("within 7 days of your $44", [])])
+@pytest.mark.parametrize(
+    ("answer", "unknown"),
+    [
+        ("It costs $8, or $1500 a year.", []),
+        ("It costs $9.", ["$9"]),
+        ("Pay 20 dollars.", ["20 dollars"]),
+        ("See help.x.example/start.", []),
+        ("See https://help.x.example/other.", ["https://help.x.example/other"]),
+        ("See **https://help.x.example/start**", []),
+        ("Go to evil.com now", ["evil.com"]),
+        ("Mail us: a@b.io", ["a@b.io"]),
+        ("The Pro plan", []),
+        ("Take the Gold plan", ["Gold"]),
+        ("Your plan. Change plan", []),
+        ("up to 5 users", []),
+        ("a 5-user team", []),
+        ("up to 6 users", ["6 users"]),
+        ("30 percent or 30%", []),
+        ("in 10 business days", []),
+        ("in 11 business days", ["11 business days"]),
+        ("1. Open it\n2. Click it", []),
+        ("You said 7 days?", []),
+        ("within 7 days of your $44", []),
+    ],
+)
 def test_only_known(tmp_path, answer, unknown):
     (tmp_path / "facts.json").write_text(json.dumps(FACTS))
     case = {"question": "I paid $44 and waited 7 days.", "system": None, "history": []}
@@ -196,11 +265,20 @@ def test_only_known(tmp_path, answer, unknown):
     assert problem == (f"states what facts.json does not: {', '.join(unknown)}" if unknown else "")
 
 
-@pytest.mark.parametrize(("checks", "answer", "passed"), [
-    ({"contains": ["Hello"]}, "say hello", True), ({"contains": ["Hello"]}, "hallo", False),
-    ({"not_contains": ["AI"]}, "said", False), ({"matches": [r"^\d\. \w+$"]}, "Do:\n1. go", True),
-    ({"matches": ["a", "b"]}, "a", False), ({"max_chars": [3]}, "abc", True), ({"max_chars": [3]}, "abcd", False),
-    ({"only_known": [False]}, "$99", True), ({"only_known": [True]}, "$99", False)])
+@pytest.mark.parametrize(
+    ("checks", "answer", "passed"),
+    [
+        ({"contains": ["Hello"]}, "say hello", True),
+        ({"contains": ["Hello"]}, "hallo", False),
+        ({"not_contains": ["AI"]}, "said", False),
+        ({"matches": [r"^\d\. \w+$"]}, "Do:\n1. go", True),
+        ({"matches": ["a", "b"]}, "a", False),
+        ({"max_chars": [3]}, "abc", True),
+        ({"max_chars": [3]}, "abcd", False),
+        ({"only_known": [False]}, "$99", True),
+        ({"only_known": [True]}, "$99", False),
+    ],
+)
 def test_checks(checks, answer, passed):
     outcomes = step5.apply_checks(checks, answer, set())
     assert all(outcome["passed"] for outcome in outcomes) is passed
@@ -225,40 +303,85 @@ def read(tmp_path, text, name="cases.json"):
     return step5.CaseFile(tmp_path / name)
 
 
-@pytest.mark.parametrize(("name", "text"), [
-    ("cases.json", json.dumps([QUESTION])), ("cases.json", json.dumps([QUESTION], indent=2).replace("\n", "\r\n")),
-    ("cases.json", "\ufeff" + json.dumps({"cases": [QUESTION]})), ("cases.json", json.dumps(QUESTION)),
-    ("cases.jsonl", json.dumps(QUESTION) + "\n\n"), ("cases.jsonl", json.dumps(QUESTION)),
-    ("cases.json", json.dumps([{"messages": [{"role": "user", "content": "Why?"}, {"role": "assistant", "content": "So."}]}])),
-])
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("cases.json", json.dumps([QUESTION])),
+        ("cases.json", json.dumps([QUESTION], indent=2).replace("\n", "\r\n")),
+        ("cases.json", "\ufeff" + json.dumps({"cases": [QUESTION]})),
+        ("cases.json", json.dumps(QUESTION)),
+        ("cases.jsonl", json.dumps(QUESTION) + "\n\n"),
+        ("cases.jsonl", json.dumps(QUESTION)),
+        (
+            "cases.json",
+            json.dumps([{"messages": [{"role": "user", "content": "Why?"}, {"role": "assistant", "content": "So."}]}]),
+        ),
+    ],
+)
 def test_every_shape_of_file_gives_the_same_case(tmp_path, name, text):
     assert read(tmp_path, text, name).cases == [
-        {"id": "case-1", "category": "all", "system": None, "history": [], "checks": {}, **QUESTION}]
+        {"id": "case-1", "category": "all", "system": None, "history": [], "checks": {}, **QUESTION}
+    ]
 
 
 def test_chat_rows_shared_parts_and_own_parts(tmp_path):
-    turns = [{"role": role, "content": text} for role, text in (
-        ("system", "S"), ("user", "a"), ("assistant", "b"), ("user", "c"), ("assistant", "d"), ("user", "thanks"))]
-    document = {"system": "shared", "checks": {"contains": "x", "max_chars": 9}, "cases": [
-        {"messages": turns, "checks": {"contains": ["y"], "max_chars": 5}}, {**QUESTION, "system": "own"}, QUESTION]}
+    turns = [
+        {"role": role, "content": text}
+        for role, text in (
+            ("system", "S"),
+            ("user", "a"),
+            ("assistant", "b"),
+            ("user", "c"),
+            ("assistant", "d"),
+            ("user", "thanks"),
+        )
+    ]
+    document = {
+        "system": "shared",
+        "checks": {"contains": "x", "max_chars": 9},
+        "cases": [
+            {"messages": turns, "checks": {"contains": ["y"], "max_chars": 5}},
+            {**QUESTION, "system": "own"},
+            QUESTION,
+        ],
+    }
     first, second, third = read(tmp_path, json.dumps(document)).cases
     assert (first["system"], first["question"], first["answer"], first["history"]) == ("S", "c", "d", turns[1:3])
     assert first["checks"] == {"contains": ["x", "y"], "max_chars": [5]}
-    assert (second["system"], third["system"], third["checks"]) == ("own", "shared", {"contains": ["x"], "max_chars": [9]})
+    assert (second["system"], third["system"], third["checks"]) == (
+        "own",
+        "shared",
+        {"contains": ["x"], "max_chars": [9]},
+    )
 
 
-@pytest.mark.parametrize(("row", "sentence"), [
-    ({"answer": "a"}, "no question"), ({"question": " ", "answer": "a"}, "no question"), ({"question": 3}, "no question"),
-    ({"question": "q"}, "nothing is expected"), ({**QUESTION, "checks": {"contain": "x"}}, "no such check"),
-    ({**QUESTION, "checks": {"contains": 3}}, "must be text"), ({**QUESTION, "checks": {"contains": ""}}, "must be text"),
-    ({**QUESTION, "checks": {"matches": "(("}}, "regular expression"), ({**QUESTION, "checks": ["x"]}, "must be an object"),
-    ({**QUESTION, "checks": {"max_chars": "3"}}, "whole number"), ({**QUESTION, "checks": {"max_chars": 0}}, "whole number"),
-    ({**QUESTION, "checks": {"max_chars": True}}, "whole number"), ({**QUESTION, "checks": {"only_known": 1}}, "true or false"),
-    ({**QUESTION, "checks": {"only_known": True}}, "no facts.json"), ({**QUESTION, "history": "x"}, "history must be"),
-    ({**QUESTION, "history": [{"role": "system", "content": "x"}]}, "history must be"), ("text", "not an object"),
-    ({**QUESTION, "id": 4}, "must be text"), ({"messages": []}, "no question"), ({"question": "\ud800", "answer": "a"}, "surrogate"),
-    ({"messages": [{"role": "assistant", "content": "a"}]}, "no question"),
-])
+@pytest.mark.parametrize(
+    ("row", "sentence"),
+    [
+        ({"answer": "a"}, "no question"),
+        ({"question": " ", "answer": "a"}, "no question"),
+        ({"question": 3}, "no question"),
+        ({"question": "q"}, "nothing is expected"),
+        ({**QUESTION, "checks": {"contain": "x"}}, "no such check"),
+        ({**QUESTION, "checks": {"contains": 3}}, "must be text"),
+        ({**QUESTION, "checks": {"contains": ""}}, "must be text"),
+        ({**QUESTION, "checks": {"matches": "(("}}, "regular expression"),
+        ({**QUESTION, "checks": {"matches": "a{99999999999999}"}}, "regular expression"),
+        ({**QUESTION, "checks": ["x"]}, "must be an object"),
+        ({**QUESTION, "checks": {"max_chars": "3"}}, "whole number"),
+        ({**QUESTION, "checks": {"max_chars": 0}}, "whole number"),
+        ({**QUESTION, "checks": {"max_chars": True}}, "whole number"),
+        ({**QUESTION, "checks": {"only_known": 1}}, "true or false"),
+        ({**QUESTION, "checks": {"only_known": True}}, "no facts.json"),
+        ({**QUESTION, "history": "x"}, "history must be"),
+        ({**QUESTION, "history": [{"role": "system", "content": "x"}]}, "history must be"),
+        ("text", "not an object"),
+        ({**QUESTION, "id": 4}, "must be text"),
+        ({"messages": []}, "no question"),
+        ({"question": "\ud800", "answer": "a"}, "surrogate"),
+        ({"messages": [{"role": "assistant", "content": "a"}]}, "no question"),
+    ],
+)
 def test_every_fault_is_named_with_its_line(tmp_path, row, sentence):
     text = '[\n {"question": "q",\n  "answer": "a"},\n\n ' + json.dumps(row) + ',\n {"question": ""}\n]'
     with pytest.raises(step5.StepError) as caught:
@@ -270,15 +393,40 @@ def test_every_fault_is_named_with_its_line(tmp_path, row, sentence):
     assert caught.value.exit_code == 2
 
 
-@pytest.mark.parametrize(("name", "text", "fault"), [
-    ("cases.json", '[\n{"question": "q" "answer": "a"}]', ":2: this is not JSON"),
-    ("cases.jsonl", json.dumps(QUESTION) + "\n{\n" + json.dumps(QUESTION), ":2: this is not JSON"),
-    ("cases.json", "[]", "no case"), ("cases.json", "", "no case"), ("cases.json", '{"cases": []}', "no case"),
-    ("cases.json", b"\xff\xfe", "not UTF-8"), ("cases.json", "[" * 100_000, "nested too deeply"),
-    ("cases.json", json.dumps([{**QUESTION, "id": "x"}] * 2), "'x' stands 2 times"),
-    ("cases.json", '{"cases": [{"question": "q", "answer": "a"}],\n "criteria": [\n{"name": 3}]}', ":3: a criterion"),
-    ("cases.json", '{"cases": [{"question": "q", "answer": "a"}],\n "criteria": [{"name": "n", "judge": "x"}]}', ":2: judge must"),
-])
+@pytest.mark.parametrize(
+    ("name", "text", "fault"),
+    [
+        ("cases.json", '[\n{"question": "q" "answer": "a"}]', ":2: this is not JSON"),
+        ("cases.jsonl", json.dumps(QUESTION) + "\n{\n" + json.dumps(QUESTION), ":2: this is not JSON"),
+        ("cases.json", "[]", "no case"),
+        ("cases.json", "", "no case"),
+        ("cases.json", '{"cases": []}', "no case"),
+        ("cases.json", b"\xff\xfe", "not UTF-8"),
+        ("cases.json", "[" * 100_000, "nested too deeply"),
+        ("cases.json", json.dumps([{**QUESTION, "id": "x"}] * 2), "'x' stands 2 times"),
+        (
+            "cases.json",
+            '{"cases": [{"question": "q", "answer": "a"}],\n "criteria": [\n{"name": 3}]}',
+            ":3: a criterion",
+        ),
+        (
+            "cases.json",
+            '{"cases": [{"question": "q", "answer": "a"}],\n "criteria": [{"name": "n", "judge": "x"}]}',
+            ":2: judge must",
+        ),
+        ("cases.json", json.dumps({"cases": [QUESTION], "criteria": None}), ":1: criteria must be a list"),
+        ("cases.json", json.dumps({"cases": [QUESTION], "criteria": 5}), ":1: criteria must be a list"),
+        *(
+            (
+                "cases.json",
+                json.dumps({"cases": [QUESTION], "criteria": [{"name": "n", "category": category}]}),
+                ":1: category must be text",
+            )
+            for category in (5, 0, {"a": 1}, [1])
+        ),
+        ("cases.json", "[\n" + "1" * 5000 + "]", "a number in it is too long"),
+    ],
+)
 def test_faults_of_the_file(tmp_path, name, text, fault):
     with pytest.raises(step5.StepError) as caught:
         read(tmp_path, text, name)
@@ -287,13 +435,45 @@ def test_faults_of_the_file(tmp_path, name, text, fault):
 
 JSON_VALUES = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=8),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(
-        ["cases", "question", "answer", "checks", "messages", "history", "role", "content", "id", "system", "contains",
-         "matches", "max_chars", "only_known", "criteria", "name", "user"]) | st.text(max_size=3), inner, max_size=5), max_leaves=20)
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(
+            st.sampled_from(
+                [
+                    "cases",
+                    "question",
+                    "answer",
+                    "checks",
+                    "messages",
+                    "history",
+                    "role",
+                    "content",
+                    "id",
+                    "system",
+                    "contains",
+                    "matches",
+                    "max_chars",
+                    "only_known",
+                    "criteria",
+                    "category",
+                    "name",
+                    "user",
+                ]
+            )
+            | st.text(max_size=3),
+            inner,
+            max_size=5,
+        )
+    ),
+    max_leaves=20,
+)
 
 
 @settings(max_examples=300, deadline=None)
-@given(st.binary(max_size=60) | JSON_VALUES.map(lambda value: json.dumps(value, indent=1).encode()), st.sampled_from([".json", ".jsonl"]))
+@given(
+    st.binary(max_size=60) | JSON_VALUES.map(lambda value: json.dumps(value, indent=1).encode()),
+    st.sampled_from([".json", ".jsonl"]),
+)
 def test_no_file_makes_a_traceback_and_every_line_named_exists(tmp_path_factory, content, suffix):
     path = tmp_path_factory.mktemp("cases") / f"cases{suffix}"
     path.write_bytes(content)
@@ -309,22 +489,34 @@ def test_no_file_makes_a_traceback_and_every_line_named_exists(tmp_path_factory,
 
 
 def test_what_it_leaves_behind(api, capsys):
-    write_cases(10, category="format", system="Be brief.", history=[{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}])
+    write_cases(
+        10,
+        category="format",
+        system="Be brief.",
+        history=[{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}],
+    )
     pass_these(api, base=range(2), tuned=range(1, 9))
     assert run() == 0
     summary, by_id = results()
     assert summary["fixed"] == [f"c{n}" for n in range(2, 9)] and summary["broken"] == ["c0"]
     assert summary["still passing"] == ["c1"] and summary["still failing"] == ["c9"]
-    assert summary["p_value"] == pytest.approx(step5.mcnemar_exact(7, 1)) and summary["verdict"] == "no difference shown"
+    assert (
+        summary["p_value"] == pytest.approx(step5.mcnemar_exact(7, 1)) and summary["verdict"] == "no difference shown"
+    )
     assert (summary["base"]["passed"], summary["fine_tuned"]["passed"], summary["cases"]) == (2, 8, 10)
     one = by_id["c0"]
     assert (one["question"], one["expected"], one["generated"], one["base_generated"]) == (
-        "Question 0?", "right", "Wrong.", "It is right.")
+        "Question 0?",
+        "right",
+        "Wrong.",
+        "It is right.",
+    )
     assert one["outcome"] == "broken" and one["base"]["passed"] and not one["fine_tuned"]["passed"]
     assert one["fine_tuned"]["checks"] == [
-        {"check": "contains", "value": "right", "passed": False, "problem": "does not contain 'right'"}]
+        {"check": "contains", "value": "right", "passed": False, "problem": 'does not contain "right"'}
+    ]
     assert one["base"]["usage"]["completion_tokens"] == 3 and one["base"]["seconds"] > 0 and one["base"]["f1"] == 0.5
-    request = asked(api)[0]
+    request = min(asked(api), key=lambda body: body["messages"][-1]["content"])
     assert [message["content"] for message in request["messages"]] == ["Be brief.", "a", "b", "Question 0?"]
     assert (request["temperature"], request["seed"], request["max_tokens"]) == (0, 42, 400)
     assert {body["model"] for body in asked(api)} == {BASE, TUNED} and len(asked(api)) == 20
@@ -336,16 +528,26 @@ def test_what_it_leaves_behind(api, capsys):
 
 
 def test_the_system_prompt_is_the_cases_else_the_files_else_the_recorded_one(api):
-    for document, expected in (({"system": "file's", "cases": [{**QUESTION, "system": "case's"}]}, "case's"),
-                               ({"system": "file's", "cases": [QUESTION]}, "file's"), ([QUESTION], "Be kind.")):
+    for document, expected in (
+        ({"system": "file's", "cases": [{**QUESTION, "system": "case's"}]}, "case's"),
+        ({"system": "file's", "cases": [QUESTION]}, "file's"),
+        ([QUESTION], "Be kind."),
+    ):
         Path("cases.json").write_text(json.dumps(document))
         assert run() == 0
         assert asked(api)[-1]["messages"][0] == {"role": "system", "content": expected}
 
 
-@pytest.mark.parametrize(("arguments", "pair"), [
-    ([], (TUNED, BASE)), (["ftjob-0001"], (TUNED, BASE)), (["ft:gpt-4.1:a::b"], ("ft:gpt-4.1:a::b", "gpt-4.1")),
-    (["mine"], ("mine", BASE)), (["mine", "--base-model", "theirs"], ("mine", "theirs"))])
+@pytest.mark.parametrize(
+    ("arguments", "pair"),
+    [
+        ([], (TUNED, BASE)),
+        (["ftjob-0001"], (TUNED, BASE)),
+        (["ft:gpt-4.1:a::b"], ("ft:gpt-4.1:a::b", "gpt-4.1")),
+        (["mine"], ("mine", BASE)),
+        (["mine", "--base-model", "theirs"], ("mine", "theirs")),
+    ],
+)
 def test_which_models_are_compared(api, arguments, pair):
     for name in ("ft:gpt-4.1:a::b", "gpt-4.1", "mine", "theirs"):
         api.add_model(name)
@@ -362,16 +564,31 @@ def test_the_base_model_may_come_from_the_environment(api, monkeypatch):
     assert run("mine") == 0 and results()[0]["base_model"] == BASE
 
 
-@pytest.mark.parametrize(("arguments", "record", "code", "sentence"), [
-    ([], {"job_id": None}, 2, "python fine_tune.py"), ([], {"base_url": "http://127.0.0.1:9/v1"}, 2, "OPENAI_BASE_URL"),
-    ([BASE], {}, 2, "compared with itself"), (["mine"], {"model": None}, 2, "--base-model"),
-    (["ft:x:y"], {}, 2, "answered 404"), (["ftjob-0002"], {}, 3, "has no model yet"), (["ftjob-0003"], {}, 1, "made no model"),
-    (["--output", "cases.json"], {}, 2, "different files"), (["--report", "test_answers.jsonl"], {}, 2, "different files"),
-    (["--output", "no/such/folder.json"], {}, 2, "No such file"), (["--concurrency", "0"], {}, 2, "1 or more"),
-    (["--min-pass-rate", "x"], {}, 2, "invalid")])
+@pytest.mark.parametrize(
+    ("arguments", "record", "code", "sentence"),
+    [
+        ([], {"job_id": None}, 2, "python fine_tune.py"),
+        ([], {"base_url": "http://127.0.0.1:9/v1"}, 2, "OPENAI_BASE_URL"),
+        ([BASE], {}, 2, "compared with itself"),
+        (["mine"], {"model": None}, 2, "--base-model"),
+        (["ft:x:y"], {}, 2, "answered 404"),
+        (["ftjob-0002"], {}, 3, "has no model yet"),
+        (["ftjob-0003"], {}, 1, "made no model"),
+        (["--output", "cases.json"], {}, 2, "different files"),
+        (["--report", "test_answers.jsonl"], {}, 2, "different files"),
+        (["--cases", "."], {}, 2, "Cannot read the test cases in ."),
+        (["--concurrency", "0"], {}, 2, "1 or more"),
+        (["--min-pass-rate", "x"], {}, 2, "invalid"),
+    ],
+)
 def test_mistakes_get_one_sentence(api, capsys, arguments, record, code, sentence):
     api.job_plan = ["running"]
-    api.jobs["ftjob-0002"] = {**api.jobs["ftjob-0001"], "id": "ftjob-0002", "status": "running", "fine_tuned_model": None}
+    api.jobs["ftjob-0002"] = {
+        **api.jobs["ftjob-0001"],
+        "id": "ftjob-0002",
+        "status": "running",
+        "fine_tuned_model": None,
+    }
     api.jobs["ftjob-0003"] = {**api.jobs["ftjob-0002"], "id": "ftjob-0003", "status": "failed"}
     write_record(api, **record)
     write_cases(2)
@@ -384,6 +601,48 @@ def test_mistakes_get_one_sentence(api, capsys, arguments, record, code, sentenc
     assert sentence in err.splitlines()[-1] and "Traceback" not in err and Path("cases.json").read_bytes() == cases
 
 
+@pytest.mark.parametrize("flag", ["--output", "--report", "--failures"])
+@pytest.mark.parametrize(("path", "why"), [("no/such/x.json", "no/such is not a folder"), (".", "it is a folder")])
+def test_a_file_that_cannot_be_written_is_named_before_any_call(api, capsys, flag, path, why):
+    write_cases(2)
+    assert run(flag, path) == 2
+    assert capsys.readouterr().err.startswith(f"Cannot write {path}: {why}") and not api.requests
+
+
+def test_a_model_that_was_deleted_is_named_with_the_cure(api, capsys):
+    write_cases(2)
+    del api.models[TUNED]
+    assert run() == 2
+    err = capsys.readouterr().err
+    assert f"no model {TUNED}" in err and "python fine_tune.py --force" in err and "--list-models" in err
+
+
+def test_a_server_that_stops_on_the_way_loses_no_answer(api, capsys, monkeypatch):
+    def stop(request):
+        if len(asked(api)) == 5:
+            api.server.socket.close()
+            api.fault("*", "drop before", times=99)  # on the connection that is still open
+
+    monkeypatch.setattr(step5.time, "sleep", lambda seconds: None)
+    write_cases(8)
+    api.after = stop
+    assert run("--concurrency", "1") == 4
+    err = capsys.readouterr().err
+    assert "Cannot reach" in err and "test_answers.jsonl holds the answers so far, and the same command goes on" in err
+
+
+def test_the_recorded_server_may_have_its_other_name(api):
+    write_cases(1)
+    write_record(api, base_url=api.base_url.replace("127.0.0.1", "localhost"))
+    assert run() == 0
+
+
+def test_the_last_next_line_keeps_the_model_that_was_named(api, capsys):
+    write_cases(1)
+    assert run(TUNED, "--report", "r.html", "--failures", "f.jsonl") == 0
+    assert capsys.readouterr().out.endswith(f"Next: python use_fine_tuned_model.py {TUNED}\n")
+
+
 def test_nobody_listens_there(api, capsys, monkeypatch):
     write_cases(50)
     monkeypatch.setenv("OPENAI_BASE_URL", "http://127.0.0.1:9/v1")
@@ -392,11 +651,20 @@ def test_nobody_listens_there(api, capsys, monkeypatch):
     assert "python -m local_api" in capsys.readouterr().err and time.monotonic() - start < 5
 
 
-@pytest.mark.parametrize(("base", "tuned", "arguments", "code"), [
-    ((), range(10), [], 0), ((), range(10), ["--require-better", "--min-pass-rate", "1"], 0),
-    (range(10), (), [], 1), ((), range(8), ["--min-pass-rate", "0.9"], 1), ((), range(9), ["--min-pass-rate", "0.9"], 0),
-    ((1,), (1,), ["--require-better"], 3), ((1,), (1, 2), ["--require-better"], 3), ((1,), (1,), [], 0),
-    (range(10), (), ["--require-better"], 1)])
+@pytest.mark.parametrize(
+    ("base", "tuned", "arguments", "code"),
+    [
+        ((), range(10), [], 0),
+        ((), range(10), ["--require-better", "--min-pass-rate", "1"], 0),
+        (range(10), (), [], 1),
+        ((), range(8), ["--min-pass-rate", "0.9"], 1),
+        ((), range(9), ["--min-pass-rate", "0.9"], 0),
+        ((1,), (1,), ["--require-better"], 3),
+        ((1,), (1, 2), ["--require-better"], 3),
+        ((1,), (1,), [], 0),
+        (range(10), (), ["--require-better"], 1),
+    ],
+)
 def test_exit_codes(api, base, tuned, arguments, code):
     write_cases(10)
     pass_these(api, base, tuned)
@@ -415,7 +683,7 @@ def test_failed_calls_are_failed_cases_in_the_headline_and_the_exit_code(api, ca
     assert summary["failed_calls"] == summary["base"]["failed_calls"] == 1 and summary["verdict"] == "incomplete"
     assert by_id["c0"]["base_generated"] == "" and "This one is refused." in by_id["c0"]["base"]["error"]
     assert summary["base"]["cases"] == 12
-    assert "Verdict: incomplete" in (out := capsys.readouterr().out) and "1 calls failed" in out
+    assert "Verdict: incomplete" in (out := capsys.readouterr().out) and "1 of the calls failed" in out
     before = len(asked(api))
     assert run() == 0 and len(asked(api)) == before + 1  # only the failed one is asked again
     assert results()[0]["verdict"] == "better"
@@ -430,7 +698,9 @@ def test_a_missing_answer_lowers_the_pass_rate_and_the_f1(api):
     assert (base["pass_rate"], base["f1"], base["exact_match"], base["median_chars"]) == (0.5, 0.5, 0.5, 5)
 
 
-@pytest.mark.parametrize("fault", ["500 before", "500 after", "drop before", "drop after", "malformed", "html", "truncated"])
+@pytest.mark.parametrize(
+    "fault", ["500 before", "500 after", "drop before", "drop after", "malformed", "html", "truncated"]
+)
 def test_passing_faults_are_asked_again(api, monkeypatch, fault):
     monkeypatch.setattr(step5.time, "sleep", lambda seconds: None)
     write_cases(3)
@@ -449,8 +719,10 @@ def test_lasting_faults_end_in_failed_calls(api, monkeypatch, fault):
     assert results()[0]["failed_calls"] == 6 and len(asked(api)) == 18
 
 
-@pytest.mark.parametrize(("fault", "how", "code"), [
-    ("401", {}, 2), ("403", {}, 2), ("429", {"code": "insufficient_quota"}, 4), ("429", {"retry_after": 4000}, 4)])
+@pytest.mark.parametrize(
+    ("fault", "how", "code"),
+    [("401", {}, 2), ("403", {}, 2), ("429", {"code": "insufficient_quota"}, 4), ("429", {"retry_after": 4000}, 4)],
+)
 def test_what_would_fail_every_call_ends_the_run_and_keeps_what_came(api, capsys, fault, how, code):
     write_cases(20)
     pass_these(api, (), range(20))
@@ -474,22 +746,11 @@ def test_an_empty_answer_passes_nothing(api):
 def test_a_rate_limit_slows_down_and_says_so(api, capsys):
     write_cases(20)
     pass_these(api, (), range(20))
-    running, most = [0], []
     api.fault("POST /chat/completions", "429", times=6, retry_after=0.3)
-
-    def answer(model, messages):
-        running[0] += 1
-        most.append(running[0])
-        time.sleep(0.02)
-        running[0] -= 1
-        return "right"
-
-    api.lock = contextlib.nullcontext()
-    api.answer = answer
+    start = time.monotonic()
     assert run("--concurrency", "8") == 0
-    err = capsys.readouterr().err
-    assert "limits the rate: waiting 0.3 s, then 4 calls at a time" in err
-    assert err.count("limits the rate") == 1  # the calls that ran beside say nothing new
+    assert time.monotonic() - start > 0.3
+    assert "limits the rate: waiting 0.3 s, then 4 calls at a time" in capsys.readouterr().err
     assert len(asked(api)) == 46 and results()[0]["failed_calls"] == 0  # 40 answers, no answer twice
 
 
@@ -513,23 +774,43 @@ def test_a_finished_run_costs_nothing_and_does_not_import_openai(api):
     assert run() == 0
     before = len(api.requests)
     code = "import sys, test_model\ncode = test_model.main(sys.argv[1:])\nprint('openai' in sys.modules, code)"
-    done = subprocess.run([sys.executable, "-c", code, "--cases", "cases.json"], capture_output=True, text=True, timeout=60,
-                          env={**os.environ, "PYTHONPATH": str(ROOT)})
+    done = subprocess.run(
+        [sys.executable, "-c", code, "--cases", "cases.json"],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )
     assert done.stdout.splitlines()[-1] == "False 0", done.stderr
     assert len(api.requests) == before
 
 
 def test_help_and_bad_arguments_do_not_import_openai(api):
-    code = "import sys, test_model\ntry: test_model.main(sys.argv[1:])\nexcept SystemExit: pass\nprint('openai' in sys.modules)"
+    code = (
+        "import sys, test_model\ntry: test_model.main(sys.argv[1:])\nexcept SystemExit: pass\n"
+        "print('openai' in sys.modules)"
+    )
     for arguments in (["--help"], ["--concurrency", "none"], ["--cases", "nowhere.json"]):
-        done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, timeout=60,
-                              env={**os.environ, "PYTHONPATH": str(ROOT)})
+        done = subprocess.run(
+            [sys.executable, "-c", code, *arguments],
+            capture_output=True,
+            text=True,
+            timeout=60,
+            env={**os.environ, "PYTHONPATH": str(ROOT)},
+        )
         assert done.stdout.splitlines()[-1] == "False", done.stderr
 
 
 def test_what_makes_an_answer_another_answer(api):
     write_cases(1)
-    for arguments, calls in (([], 2), ([], 0), (["--max-tokens", "50"], 2), (["--fresh"], 2), ([], 0), ([BASE, "--base-model", TUNED], 0)):
+    for arguments, calls in (
+        ([], 2),
+        ([], 0),
+        (["--max-tokens", "50"], 2),
+        (["--fresh"], 2),
+        ([], 0),
+        ([BASE, "--base-model", TUNED], 0),
+    ):
         before = len(asked(api))
         assert run(*arguments) in (0, 1)
         assert len(asked(api)) == before + calls, arguments
@@ -600,7 +881,9 @@ def test_sigkill_at_every_request(api, request_number, delay):
 def test_ctrl_c_says_how_to_go_on(api):
     write_cases(8)
     api.answer = lambda model, messages: time.sleep(5) or "late"
-    process = subprocess.Popen([sys.executable, str(SCRIPT), "--cases", "cases.json"], stderr=subprocess.PIPE, stdout=subprocess.PIPE)
+    process = subprocess.Popen(
+        [sys.executable, str(SCRIPT), "--cases", "cases.json"], stderr=subprocess.PIPE, stdout=subprocess.PIPE
+    )
     while not asked(api):
         time.sleep(0.05)
     process.send_signal(signal.SIGINT)
@@ -616,10 +899,20 @@ def test_ctrl_c_says_how_to_go_on(api):
 def test_cases_that_stand_in_the_training_file_are_scored_apart(api, capsys):
     write_cases(8)
     pass_these(api, (), range(8))
-    rows = [{"messages": [{"role": "user", "content": "question 3"}, {"role": "assistant", "content": "a"}]},
-            {"messages": [{"role": "user", "content": "Before"}, {"role": "assistant", "content": "b"},
-                          {"role": "user", "content": "Question 5?"}, {"role": "assistant", "content": "c"}]}]
-    Path("train.jsonl").write_text("not json\n" + "".join(json.dumps(row) + "\n" for row in rows) + '{"messages": [3]}\n')
+    rows = [
+        {"messages": [{"role": "user", "content": "question 3"}, {"role": "assistant", "content": "a"}]},
+        {
+            "messages": [
+                {"role": "user", "content": "Before"},
+                {"role": "assistant", "content": "b"},
+                {"role": "user", "content": "Question 5?"},
+                {"role": "assistant", "content": "c"},
+            ]
+        },
+    ]
+    Path("train.jsonl").write_text(
+        "not json\n" + "".join(json.dumps(row) + "\n" for row in rows) + '{"messages": [3]}\n'
+    )
     write_record(api, training_file_path="train.jsonl")
     assert run() == 0
     summary, by_id = results()
@@ -630,17 +923,33 @@ def test_cases_that_stand_in_the_training_file_are_scored_apart(api, capsys):
 
 
 def test_the_success_criteria(api, capsys):
-    document = {"cases": [{"id": f"c{n}", "category": "format" if n < 6 else "tone", "question": f"Question {n}?", "checks": {
-        "contains": "right"}} for n in range(10)], "criteria": [
+    document = {
+        "cases": [
+            {
+                "id": f"c{n}",
+                "category": "format" if n < 6 else "tone",
+                "question": f"Question {n}?",
+                "checks": {"contains": "right"},
+            }
+            for n in range(10)
+        ],
+        "criteria": [
             {"name": "Format", "category": "format", "min_pass_rate": 0.5, "min_cases": 6},
             {"name": "Too few", "category": "tone", "min_pass_rate": 0.0, "min_cases": 5},
             {"name": "Own check", "checks": {"max_chars": 6}, "min_pass_rate": 0.7},
-            {"name": "Both", "category": ["format", "tone"], "min_pass_rate": 0.31}]}
+            {"name": "Both", "category": ["format", "tone"], "min_pass_rate": 0.31},
+        ],
+    }
     Path("cases.json").write_text(json.dumps(document))
     pass_these(api, (), range(3))
     assert run() == 0
     rows = {row["name"]: (row["met"], row["passed"], row["cases"]) for row in results()[0]["criteria"]}
-    assert rows == {"Format": (True, 3, 6), "Too few": (False, 0, 4), "Own check": (True, 7, 10), "Both": (False, 3, 10)}
+    assert rows == {
+        "Format": (True, 3, 6),
+        "Too few": (False, 0, 4),
+        "Own check": (True, 7, 10),
+        "Both": (False, 3, 10),
+    }
     out = capsys.readouterr().out
     assert "✓ met      Format" in out and "✗ not met  Too few" in out and "50%" in out
 
@@ -649,8 +958,10 @@ RATINGS = {"tone": 4, "format": 5, "helpful": 2, "next_steps": 1}
 
 
 def judged(api, reply, *arguments, count=2):
-    document = {"cases": [{"id": f"c{n}", "question": f"Question {n}?", "answer": "right"} for n in range(count)],
-                "criteria": [{"name": "Tone", "checks": {"max_chars": 99}, "judge": "tone", "min_judge_mean": 4.5}]}
+    document = {
+        "cases": [{"id": f"c{n}", "question": f"Question {n}?", "answer": "right"} for n in range(count)],
+        "criteria": [{"name": "Tone", "checks": {"max_chars": 99}, "judge": "tone", "min_judge_mean": 4.5}],
+    }
     Path("cases.json").write_text(json.dumps(document))
     api.add_model("judge")
     api.answer = lambda model, messages: reply if model == "judge" else f"Answer of {model}"
@@ -662,19 +973,29 @@ def test_the_judge_rates_both_models_and_is_named(api, capsys):
     summary, by_id = results()
     assert summary["judge_model"] == "judge" and summary["fine_tuned"]["judge"] == RATINGS == summary["base"]["judge"]
     assert by_id["c0"]["fine_tuned"]["judge"] == RATINGS and summary["base"]["judged"] == 2
-    requests = [body for body in asked(api) if body["model"] == "judge"]
-    assert len(requests) == 4
-    prompt = requests[0]["messages"][0]["content"]
-    assert all(part in prompt for part in ("Be kind.", "Question 0?", f"Answer of {BASE}", "right", *step5.JUDGE_CRITERIA))
+    prompts = [body["messages"][0]["content"] for body in asked(api) if body["model"] == "judge"]
+    assert len(prompts) == 4
+    parts = ("Be kind.", "Question 0?", f"<answer>Answer of {BASE}</answer>", "right", *step5.JUDGE_CRITERIA)
+    assert sum(all(part in prompt for part in parts) for prompt in prompts) == 1
     assert summary["criteria"][0]["judge_mean"] == 4 and not summary["criteria"][0]["met"]
     assert "judge 4.0 (asked: 4.5)" in capsys.readouterr().out
     before = len(api.requests)
     assert judged(api, "anything") == 0 and len(api.requests) == before  # verdicts are in the journal, too
 
 
-@pytest.mark.parametrize("reply", [
-    "no JSON", "{", "[4, 4, 4, 4]", json.dumps({**RATINGS, "tone": 6}), json.dumps({**RATINGS, "tone": True}),
-    json.dumps({**RATINGS, "tone": "4"}), json.dumps({"tone": 4}), ""])
+@pytest.mark.parametrize(
+    "reply",
+    [
+        "no JSON",
+        "{",
+        "[4, 4, 4, 4]",
+        json.dumps({**RATINGS, "tone": 6}),
+        json.dumps({**RATINGS, "tone": True}),
+        json.dumps({**RATINGS, "tone": "4"}),
+        json.dumps({"tone": 4}),
+        "",
+    ],
+)
 def test_a_judge_that_fails_is_no_score(api, reply, capsys):
     assert judged(api, reply) == 0
     summary, by_id = results()
@@ -685,8 +1006,11 @@ def test_a_judge_that_fails_is_no_score(api, reply, capsys):
 
 def test_a_judge_whose_calls_fail_is_reported(api, monkeypatch):
     monkeypatch.setattr(step5.time, "sleep", lambda seconds: None)
-    api.after = lambda request: request.path == "/chat/completions" and len(asked(api)) == 4 and api.fault(
-        "POST /chat/completions", "400", times=1)
+    api.after = lambda request: (
+        request.path == "/chat/completions"
+        and len(asked(api)) == 4
+        and api.fault("POST /chat/completions", "400", times=1)
+    )
     assert judged(api, json.dumps(RATINGS), "--concurrency", "1") == 4
     summary, _ = results()
     assert (summary["failed_calls"], summary["base"]["judged"], summary["fine_tuned"]["judged"]) == (1, 1, 2)
@@ -702,10 +1026,18 @@ def test_the_failing_cases_become_rows_that_step_1_accepts(api, tmp_path):
     assert run("--failures", "failing.jsonl") == 0
     rows = [json.loads(line) for line in Path("failing.jsonl").read_text().splitlines()]
     assert [row["id"] for row in rows] == [f"c{n}" for n in range(1, 12)]
-    assert rows[0]["messages"] == [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Question 1?"},
-                                   {"role": "assistant", "content": "right"}]
-    done = subprocess.run([sys.executable, str(ROOT / "prepare_training_data.py"), "failing.jsonl", "-o", "new.jsonl"],
-                          capture_output=True, text=True, timeout=120, env={**os.environ, "OPENAI_BASE_URL": ""})
+    assert rows[0]["messages"] == [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": "Question 1?"},
+        {"role": "assistant", "content": "right"},
+    ]
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "prepare_training_data.py"), "failing.jsonl", "-o", "new.jsonl"],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env={**os.environ, "OPENAI_BASE_URL": ""},
+    )
     assert done.returncode == 0 and len(Path("new.jsonl").read_text().splitlines()) == 11, done.stderr
 
 
@@ -718,13 +1050,16 @@ def test_rows_that_someone_edited_are_not_overwritten(api, capsys):
     assert Path("failing.jsonl").read_text() == "my edits" and "your edits" in capsys.readouterr().err
 
 
-NASTY = "</script><script>alert(1)</script> [/bold] \x1b]0;x\x07\x1b[31m\x9b\x00\r\u202e \ud83d {{model}} 😀"
+NASTY = "\x1b]0;x\x07\x1b[31m\x9b\x00\r\u202e [/bold] \ud83d </script><script>alert(1)</script> {{model}} 😀"
 
 
 def test_markup_and_control_characters_reach_the_files_whole_and_the_terminal_harmless(api, capsys):
     nasty = NASTY.replace("\ud83d", "")
-    Path("cases.json").write_text(json.dumps([{"id": nasty, "category": nasty, "question": nasty, "answer": nasty, "checks": {
-        "not_contains": nasty}}]))
+    Path("cases.json").write_text(
+        json.dumps(
+            [{"id": nasty, "category": nasty, "question": nasty, "answer": nasty, "checks": {"not_contains": "alert"}}]
+        )
+    )
     api.answer = lambda model, messages: NASTY if model == TUNED else "harmless"
     assert run("--report", "report.html", "--failures", "f.jsonl") == 0
     result = json.loads(Path("test_results.json").read_text(encoding="utf-8"))["results"][0]
@@ -732,31 +1067,37 @@ def test_markup_and_control_characters_reach_the_files_whole_and_the_terminal_ha
     out = capsys.readouterr().out
     assert not set(out) & {"\x1b", "\x07", "\x9b", "\x00", "\r", "\u202e"} and "␛]0;x" in out
     page = Path("report.html").read_text(encoding="utf-8")
-    assert "<script>alert" not in page and "&lt;script&gt;alert(1)" in page and "\x1b" not in page and "{{model}}" in page
+    assert (
+        "<script>alert" not in page and "&lt;script&gt;alert(1)" in page and "\x1b" not in page and "{{model}}" in page
+    )
 
 
 def test_a_closed_pipe_does_not_lose_the_results(api):
-    write_cases(300)
+    write_cases(30)
     pass_these(api, (), ())
-    process = subprocess.Popen([sys.executable, str(SCRIPT), "--cases", "cases.json", "--min-pass-rate", "1"],
-                               stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    process = subprocess.Popen(
+        [sys.executable, str(SCRIPT), "--cases", "cases.json", "--min-pass-rate", "1"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
     process.stdout.close()
     err = process.stderr.read()
-    assert process.wait(60) == 1 and err == b"" and len(results()[1]) == 300
+    assert process.wait(60) == 1 and err == b"" and len(results()[1]) == 30
 
 
-def test_results_are_written_whole_or_not_at_all(api, monkeypatch):
+def test_results_are_written_whole_or_not_at_all(api, monkeypatch, capsys):
     write_cases(2)
     assert run() == 0
     before = Path("test_results.json").read_bytes()
 
     def fail(number):
-        raise OSError(28, "No space left on device", "test_results.json")
+        raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(step5.os, "fsync", fail)
     write_cases(3)
     assert run() == 2
-    assert Path("test_results.json").read_bytes() == before
+    assert capsys.readouterr().err == "Cannot write test_results.json: No space left on device.\n"
+    assert Path("test_results.json").read_bytes() == before and not list(Path().glob("*.tmp"))
 
 
 def test_the_key_is_in_no_file_and_no_output(api, capsys):

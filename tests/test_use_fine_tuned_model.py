@@ -46,7 +46,13 @@ class Terminal(io.StringIO):
 
 
 def write_record(api, job_id, **more):
-    record = {"job_id": job_id, "base_url": api.base_url, "model": "smollm2-135m-instruct", "system_prompt": SYSTEM, **more}
+    record = {
+        "job_id": job_id,
+        "base_url": api.base_url,
+        "model": "smollm2-135m-instruct",
+        "system_prompt": SYSTEM,
+        **more,
+    }
     Path("fine_tune_job.json").write_text(json.dumps(record), encoding="utf-8")
 
 
@@ -64,7 +70,10 @@ def test_without_arguments_but_a_question_it_asks_the_recorded_job_with_the_trai
     assert model in err and "training data" in err and err.rstrip().endswith("Next: python test_model.py")
     (request,) = asked(api)
     assert request["model"] == model and request["temperature"] == 0
-    assert request["messages"] == [{"role": "system", "content": SYSTEM}, {"role": "user", "content": "How do I add a user?"}]
+    assert request["messages"] == [
+        {"role": "system", "content": SYSTEM},
+        {"role": "user", "content": "How do I add a user?"},
+    ]
 
 
 @pytest.mark.parametrize(
@@ -102,8 +111,9 @@ def test_compare_and_json_need_a_question(api, model, capsys, flag):
     assert "no question" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(("arguments", "system"), [
-    (["--system", "Be brief."], "Be brief."), (["--system", ""], None), ([], SYSTEM)])
+@pytest.mark.parametrize(
+    ("arguments", "system"), [(["--system", "Be brief."], "Be brief."), (["--system", ""], None), ([], SYSTEM)]
+)
 def test_the_system_prompt(api, model, arguments, system):
     assert step4.main(["Hi", *arguments]) == 0
     first = asked(api)[0]["messages"][0]
@@ -117,7 +127,9 @@ def test_another_jobs_model_is_not_asked_with_this_jobs_prompt(api, model, capsy
     assert "System prompt: none" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(("status", "code"), [("running", 3), ("queued", 3), ("paused", 3), ("failed", 1), ("cancelled", 1)])
+@pytest.mark.parametrize(
+    ("status", "code"), [("running", 3), ("queued", 3), ("paused", 3), ("failed", 1), ("cancelled", 1)]
+)
 def test_a_job_without_a_model(api, capsys, status, code):
     api.job_plan = [status]
     job = api.add_job()
@@ -132,6 +144,28 @@ def test_no_record(api, capsys):
     assert "python fine_tune.py" in capsys.readouterr().err
 
 
+def test_a_missing_job_is_named_before_a_missing_question(api, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "stdin", io.StringIO(""))
+    assert step4.main([]) == 2
+    assert "python fine_tune.py" in capsys.readouterr().err
+
+
+def test_a_model_that_was_deleted_is_named_with_the_cure(api, model, capsys):
+    del api.models[model]
+    assert step4.main(["Hi there"]) == 2
+    err = capsys.readouterr().err
+    assert f"no model {model}" in err and "python fine_tune.py --force" in err and "--list-models" in err
+
+
+@pytest.mark.parametrize(
+    ("name", "named"),
+    [("ftjob-0001", "ftjob-0001"), ("ft:smollm2-135m-instruct:acme::0001",) * 2, ("smollm2-135m-instruct", "")],
+)
+def test_the_next_line_keeps_what_was_named(api, model, capsys, name, named):
+    assert step4.main([name, "Hi"]) == 0
+    assert capsys.readouterr().err.endswith(f"Next: python test_model.py {named}".rstrip() + "\n")
+
+
 def test_a_record_whose_job_was_never_created(api, capsys):
     write_record(api, None)
     assert step4.main(["Hi"]) == 2
@@ -144,6 +178,8 @@ def test_a_record_of_another_server(api, model, capsys):
     err = capsys.readouterr().err
     assert "http://127.0.0.1:9/v1" in err and "OPENAI_BASE_URL" in err and not api.requests
     assert step4.main([model, "Hi"]) == 0  # a model named by hand is asked for
+    write_record(api, "ftjob-0001", base_url=api.base_url.replace("127.0.0.1", "localhost"))
+    assert step4.main(["Hi there"]) == 0  # the same server by its other name
 
 
 def test_no_server_is_configured(tmp_path, monkeypatch, capsys):
@@ -184,7 +220,9 @@ def test_compare_asks_both_models_the_same(api, model, capsys):
     assert step4.main(["Who are you?", "--compare", "--json"]) == 0
     document = json.loads(capsys.readouterr().out)
     assert [document["base"]["answer"], document["fine_tuned"]["answer"]] == [
-        "I am smollm2-135m-instruct.", f"I am {model}."]
+        "I am smollm2-135m-instruct.",
+        f"I am {model}.",
+    ]
 
 
 def test_list_models_shows_fine_tuned_ones_first_with_their_shutdown_dates(api, model, capsys):
@@ -197,7 +235,10 @@ def test_list_models_shows_fine_tuned_ones_first_with_their_shutdown_dates(api, 
 
 
 def test_an_answer_cut_by_max_tokens_says_so(api, model, capsys, monkeypatch):
-    chunk = '{"id":"1","object":"chat.completion.chunk","created":1,"model":"m","choices":[{"index":0,"delta":%s,"finish_reason":%s}]}'
+    chunk = (
+        '{"id":"1","object":"chat.completion.chunk","created":1,"model":"m",'
+        '"choices":[{"index":0,"delta":%s,"finish_reason":%s}]}'
+    )
     body = [chunk % ('{"content":"Half of"}', "null"), chunk % ("{}", '"length"'), "[DONE]"]
     with RawServer(b"".join(f"data: {data}\n\n".encode() for data in body)) as server:
         monkeypatch.setenv("OPENAI_BASE_URL", server.base_url)
@@ -206,7 +247,10 @@ def test_an_answer_cut_by_max_tokens_says_so(api, model, capsys, monkeypatch):
     assert out == "Half of\n" and "--max-tokens" in err
 
 
-NASTY = "[/bold] <b>&amp;</b> \x1b]0;title\x07\x1b[31mred\x1b[0m\x9b31m\x00 a\rb \u202egnp.exe {x} %s \ud83d\ude00 tab\tend\nüñ"
+NASTY = (
+    "[/bold] <b>&amp;</b> \x1b]0;title\x07\x1b[31mred\x1b[0m\x9b31m\x00 a\rb "
+    "\u202egnp.exe {x} %s \ud83d\ude00 tab\tend\nüñ"
+)
 
 
 @pytest.mark.skipif(os.name == "nt", reason="there is no pty on Windows")
@@ -237,15 +281,24 @@ def test_a_terminal_gets_no_control_characters_and_a_pipe_gets_every_character(a
 def test_a_terminal_without_utf8_ends_nothing(api, model):
     api.answer = lambda name, messages: "Ja, natürlich – 😀"
     environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
-    done = subprocess.run([sys.executable, str(SCRIPT), "Hi there"], env=environment, capture_output=True, timeout=60,
-                          stdin=subprocess.DEVNULL)
+    done = subprocess.run(
+        [sys.executable, str(SCRIPT), "Hi there"],
+        env=environment,
+        capture_output=True,
+        timeout=60,
+        stdin=subprocess.DEVNULL,
+    )
     assert done.returncode == 0 and done.stdout.split() == b"Ja, nat?rlich ? ?".split()
 
 
 def test_a_closed_pipe_is_no_error(api, model):
     api.answer = lambda name, messages: "word " * 5000
-    process = subprocess.Popen([sys.executable, str(SCRIPT), "Hi there"], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                               stdin=subprocess.DEVNULL)
+    process = subprocess.Popen(
+        [sys.executable, str(SCRIPT), "Hi there"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        stdin=subprocess.DEVNULL,
+    )
     assert process.stdout.read(5) == b"word "
     process.stdout.close()
     err = process.stderr.read().decode()
@@ -286,23 +339,46 @@ class RawServer:
             while b"\r\n\r\n" not in received:
                 received += connection.recv(65536)
             head, _, rest = received.partition(b"\r\n\r\n")
-            length = next(int(line.split(b":")[1]) for line in head.split(b"\r\n") if line.lower().startswith(b"content-length"))
+            length = next(
+                int(line.split(b":")[1]) for line in head.split(b"\r\n") if line.lower().startswith(b"content-length")
+            )
             while len(rest) < length:
                 rest += connection.recv(65536)
             self.requests += 1
             ends_cleanly = self.end == "close"
-            connection.sendall(b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nConnection: close\r\n"
-                               + (b"" if ends_cleanly else b"Content-Length: 999999\r\n") + b"\r\n" + self.body)
+            connection.sendall(
+                b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nConnection: close\r\n"
+                + (b"" if ends_cleanly else b"Content-Length: 999999\r\n")
+                + b"\r\n"
+                + self.body
+            )
             if self.end == "stall":
                 self.done.wait(20)
 
 
-WHOLE = b"".join(
-    b"data: " + json.dumps({"id": "1", "object": "chat.completion.chunk", "created": 1, "model": "m", "choices": [
-        {"index": 0, "delta": delta, "finish_reason": reason}]}).encode() + b"\n\n"
-    for delta, reason in [({"role": "assistant", "content": ""}, None), ({"content": "One"}, None),
-                          ({"content": " two"}, None), ({"content": " thr\u00e9e"}, None), ({}, "stop")]
-) + b"data: [DONE]\n\n"
+WHOLE = (
+    b"".join(
+        b"data: "
+        + json.dumps(
+            {
+                "id": "1",
+                "object": "chat.completion.chunk",
+                "created": 1,
+                "model": "m",
+                "choices": [{"index": 0, "delta": delta, "finish_reason": reason}],
+            }
+        ).encode()
+        + b"\n\n"
+        for delta, reason in [
+            ({"role": "assistant", "content": ""}, None),
+            ({"content": "One"}, None),
+            ({"content": " two"}, None),
+            ({"content": " thr\u00e9e"}, None),
+            ({}, "stop"),
+        ]
+    )
+    + b"data: [DONE]\n\n"
+)
 FINISHED = WHOLE.index(b"data: [DONE]")  # from here on the finish reason has come
 
 
@@ -327,8 +403,21 @@ def quick(api, monkeypatch):
     monkeypatch.setenv("FINE_TUNE_TIMEOUT", "0.3")
 
 
-PLACES = sorted({0, 1, 40, WHOLE.index(b"One") + 3, WHOLE.index(b"two") + 10, WHOLE.index(b"thr") + 6, FINISHED - 40,
-                 FINISHED - 1, FINISHED, FINISHED + 5, len(WHOLE)})
+PLACES = sorted(
+    {
+        0,
+        1,
+        40,
+        WHOLE.index(b"One") + 3,
+        WHOLE.index(b"two") + 10,
+        WHOLE.index(b"thr") + 6,
+        FINISHED - 40,
+        FINISHED - 1,
+        FINISHED,
+        FINISHED + 5,
+        len(WHOLE),
+    }
+)
 
 
 @pytest.mark.parametrize("end", ["close", "reset"])
@@ -385,9 +474,17 @@ def test_a_rate_limit_is_waited_for_and_said(api, model, capsys, monkeypatch):
     assert "limits the rate; asking again in 7 s" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(("fault", "how", "code"), [
-    ("429", {"code": "insufficient_quota"}, 4), ("429", {"retry_after": 4000}, 4), ("401", {}, 2), ("403", {}, 2),
-    ("404", {}, 2), ("400", {}, 2)])
+@pytest.mark.parametrize(
+    ("fault", "how", "code"),
+    [
+        ("429", {"code": "insufficient_quota"}, 4),
+        ("429", {"retry_after": 4000}, 4),
+        ("401", {}, 2),
+        ("403", {}, 2),
+        ("404", {}, 2),
+        ("400", {}, 2),
+    ],
+)
 def test_what_waiting_does_not_cure_is_not_asked_again(api, model, capsys, fault, how, code):
     api.fault("POST /chat/completions", fault, times=9, **how)
     assert step4.main(["Hi"]) == code
@@ -441,8 +538,12 @@ def test_an_answer_that_fails_does_not_end_the_chat(api, model, monkeypatch, cap
 @pytest.mark.skipif(os.name == "nt", reason="signals")
 def test_ctrl_c_ends_with_130(api, model):
     api.stream_delay, api.answer = 0.2, lambda name, messages: "word " * 100
-    process = subprocess.Popen([sys.executable, str(SCRIPT), "Hi there"], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                               stdin=subprocess.DEVNULL)
+    process = subprocess.Popen(
+        [sys.executable, str(SCRIPT), "Hi there"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        stdin=subprocess.DEVNULL,
+    )
     assert process.stdout.read(5) == b"word "
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=30)
@@ -461,7 +562,9 @@ def test_the_handler_is_a_drop_in(api, model):
     assert len(history) == 2
     other = step4.create_fine_tuned_handler("smollm2-135m-instruct", system_prompt="Be brief.")
     other("Hi")
-    assert asked(api)[-1]["model"] == "smollm2-135m-instruct" and asked(api)[-1]["messages"][0]["content"] == "Be brief."
+    assert (
+        asked(api)[-1]["model"] == "smollm2-135m-instruct" and asked(api)[-1]["messages"][0]["content"] == "Be brief."
+    )
 
 
 def test_its_functions(api, model):
@@ -477,7 +580,10 @@ def test_its_functions(api, model):
 
 
 def test_help_and_import_do_not_pay_for_openai():
-    code = "import sys, use_fine_tuned_model as s\ntry: s.main(['--help'])\nexcept SystemExit: pass\nprint('openai' in sys.modules)"
+    code = (
+        "import sys, use_fine_tuned_model as s\ntry: s.main(['--help'])\nexcept SystemExit: pass\n"
+        "print('openai' in sys.modules)"
+    )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert done.stdout.rstrip().endswith("False"), done.stderr
 
@@ -488,7 +594,7 @@ def test_what_stands_in_two_scripts_is_the_same():
         return {node.name: ast.dump(node) for node in tree.body if isinstance(node, ast.FunctionDef)}
 
     ours, theirs = of("use_fine_tuned_model.py"), of("test_model.py")
-    for name in ("retry_delay", "finished_job"):
+    for name in ("retry_delay", "finished_job", "explain_deleted_model"):
         assert ours[name] == theirs[name]
     import test_model
 

@@ -1,0 +1,120 @@
+"""How close test_model.py comes to the ideal of asking many questions at a time.
+
+A server on this machine answers every call after 200 ms. 200 cases are 400 calls, base and fine-tuned; at 16 a time the
+ideal is 400 / 16 * 0.2 s = 5 s. Measured is ModelTester.run_test_cases(), journal and checks included, start-up (the
+import of openai) apart; beside it, 40 of the calls in a plain loop with the SDK, scaled to 400. The server runs in a
+process of its own.
+
+    python benchmarks/test_model.py
+"""
+
+import json
+import multiprocessing
+import os
+import sys
+import tempfile
+import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+CASES, CONCURRENCY, DELAY = 200, 16, 0.2
+CALLS = 2 * CASES
+LOOP_CALLS = 40
+
+
+class Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True  # else every answer in two writes costs 40 ms more
+
+    def do_POST(self):
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        time.sleep(DELAY)
+        answer = json.dumps(
+            {
+                "id": "chatcmpl-1",
+                "object": "chat.completion",
+                "created": 1,
+                "model": body["model"],
+                "usage": {"prompt_tokens": 50, "completion_tokens": 60, "total_tokens": 110},
+                "choices": [
+                    {
+                        "index": 0,
+                        "finish_reason": "stop",
+                        "message": {"role": "assistant", "content": "An answer. " * 30},
+                    }
+                ],
+            }
+        ).encode()
+        self.send_response(200)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(answer)))
+        self.end_headers()
+        self.wfile.write(answer)
+
+    def log_message(self, *arguments):
+        pass
+
+
+class Server(ThreadingHTTPServer):
+    daemon_threads, request_queue_size = True, 128
+
+
+def serve(port):
+    server = Server(("127.0.0.1", 0), Handler)
+    port.value = server.server_address[1]
+    server.serve_forever()
+
+
+def main() -> None:
+    port = multiprocessing.Value("i", 0)
+    server = multiprocessing.Process(target=serve, args=(port,), daemon=True)
+    server.start()
+    while not port.value:
+        time.sleep(0.01)
+    os.environ.update(OPENAI_BASE_URL=f"http://127.0.0.1:{port.value}/v1", OPENAI_API_KEY="local")
+
+    from test_model import Journal, ModelTester, connect
+
+    cases = [
+        {
+            "id": f"case-{number}",
+            "category": "all",
+            "system": "Be brief.",
+            "history": [],
+            "question": f"Question {number}?",
+            "answer": "An answer.",
+            "checks": {"contains": ["answer"], "matches": ["^An"]},
+        }
+        for number in range(CASES)
+    ]
+    client = connect()  # pays for the import
+    with tempfile.TemporaryDirectory() as folder:
+        tester = ModelTester("fine-tuned", "base", concurrency=CONCURRENCY, journal=Journal(f"{folder}/answers.jsonl"))
+        start = time.perf_counter()
+        results = tester.run_test_cases(cases)
+        took = time.perf_counter() - start
+        assert len(results) == CASES and not tester.failed_calls
+
+        again = ModelTester("fine-tuned", "base", journal=Journal(f"{folder}/answers.jsonl"))
+        start = time.perf_counter()
+        again.run_test_cases(cases)
+        repeated = time.perf_counter() - start
+
+    start = time.perf_counter()
+    for case in cases[:LOOP_CALLS]:
+        client.chat.completions.create(**tester.request("base", case))
+    loop = (time.perf_counter() - start) * CALLS / LOOP_CALLS
+
+    ideal = CALLS / CONCURRENCY * DELAY
+    print(f"{CALLS} calls of {DELAY * 1000:.0f} ms, {CONCURRENCY} at a time, on {os.cpu_count()} cores")
+    print(f"ideal              {ideal:6.2f} s   1.00")
+    print(f"test_model.py      {took:6.2f} s   {took / ideal:.2f}   (allowed: 1.15)")
+    print(f"sequential loop    {loop:6.2f} s  {loop / ideal:5.2f}")
+    print(f"from the journal   {repeated:6.2f} s   {repeated / ideal:.2f}")
+    server.terminate()
+
+
+if __name__ == "__main__":
+    main()
