@@ -1,0 +1,169 @@
+"""The tutorial as a reader runs it: README's commands, in order, as processes, against the real local API."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from conftest import CACHE, ROOT, LocalAPI
+
+sys.path.insert(0, str(ROOT / "examples"))
+import run_tutorial
+
+README = (ROOT / "README.md").read_text("utf-8")
+FIVE_STEPS = README[README.index("## The five steps") : README.index("## Your own data")]
+
+
+def run_step(command: str, folder: Path, environment: dict[str, str]) -> subprocess.CompletedProcess[str]:
+    _, script, *arguments = shlex.split(command)
+    command_line = [sys.executable, str(ROOT / script), *arguments]
+    return subprocess.run(command_line, cwd=folder, env=environment, capture_output=True, text=True, encoding="utf-8")
+
+
+def masked(text: str) -> str:
+    """Return output without what differs from run to run or from model to model: ids, times, figures, folders."""
+    text = re.sub(r"(ftjob|file)-\w+", r"\1-ID", text)
+    text = re.sub(r"\S*/examples/", "examples/", text)  # the tests call the scripts from another folder
+    return re.sub(r"\d[\d,.:]*", "N", text)
+
+
+def test_make_tutorial_runs_the_commands_of_the_readme():
+    assert tuple(re.findall(r"```bash\n(.+)\n```", FIVE_STEPS)) == run_tutorial.STEPS
+
+
+def test_the_five_steps_in_order_do_what_the_readme_shows(tiny_api, tmp_path):
+    environment = {**tiny_api.environment("tiny"), "PYTHONUTF8": "1"}
+    shown = dict(re.findall(r"```bash\n([^\n]+)\n```\n\n```text\n(.+?)\n```", FIVE_STEPS, flags=re.DOTALL))
+    for command in run_tutorial.STEPS:
+        # One epoch is enough here: the tiny model is to show the way, not to learn.
+        done = run_step(command + " --n-epochs 1" * command.endswith("fine_tune.py"), tmp_path, environment)
+        assert done.returncode == 0, done.stdout + done.stderr
+        if "prepare" in command or "fine_tune.py" in command:
+            output = masked(done.stderr + done.stdout)
+            for line in masked(shown[command]).replace("smollmN-Nm-instruct", "tiny").splitlines():
+                assert " #" in line or "per example" in line or line in output, line
+    assert (tmp_path / "training_data.jsonl").read_bytes() == (ROOT / "training_data.jsonl").read_bytes()
+    results = json.loads((tmp_path / "test_results.json").read_text("utf-8"))
+    assert results["summary"] and len(results["results"]) >= 30
+    assert {"question", "expected", "generated", "base_generated"} <= results["results"][0].keys()
+
+
+def test_every_flag_in_the_readme_exists():
+    for script in (
+        "prepare_training_data",
+        "fine_tune",
+        "check_fine_tune_status",
+        "use_fine_tuned_model",
+        "test_model",
+    ):
+        flags = set(re.findall(rf"{script}\.py[^\n`]*?(--[a-z-]+)", README))
+        help_text = subprocess.run([sys.executable, f"{script}.py", "--help"], cwd=ROOT, capture_output=True, text=True)
+        assert all(flag in help_text.stdout for flag in flags), (script, flags)
+
+
+def test_every_path_and_link_in_the_readme_exists():
+    tree = README[README.index("## What is where") : README.index("## Tests")]
+    paths = re.findall(r"^(\S+)   +\S", tree, flags=re.MULTILINE) + re.findall(r"\]\((?!http)([^)#]+)\)", README)
+    assert len(paths) > 12 and [path for path in paths if not (ROOT / path).exists()] == []
+
+
+def test_the_tutorial_leads_to_no_other_server(monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-mine")
+    monkeypatch.setenv("OPENAI_ORG_ID", "org-mine")
+    monkeypatch.setenv("https_proxy", "http://proxy.example")
+    environment = run_tutorial.own_environment("http://127.0.0.1:1/v1")
+    assert environment["OPENAI_API_KEY"] == "local" and environment["OPENAI_BASE_URL"] == "http://127.0.0.1:1/v1"
+    assert "OPENAI_ORG_ID" not in environment and "https_proxy" not in environment
+    assert environment["PYTHON_DOTENV_DISABLED"] == "1"
+
+
+def start_tutorial(folder: Path) -> subprocess.Popen[str]:
+    """Start the runner as `make tutorial` does, but in a folder of the test's own."""
+    code = (
+        "import run_tutorial as r, pathlib\n"
+        f"r.WORK = pathlib.Path({str(folder)!r}); r.DATA = r.WORK / 'local_api'\n"
+        "raise SystemExit(r.main())"
+    )
+    pipe = subprocess.PIPE
+    return subprocess.Popen([sys.executable, "-c", code], cwd=ROOT / "examples", stdout=pipe, stderr=pipe, text=True)
+
+
+def processes_of(folder: Path) -> list[list[str]]:
+    """Return the command lines of servers and trainers that work in the folder."""
+    commands = [process.info["cmdline"] or [] for process in psutil.process_iter(["cmdline"])]
+    return [command for command in commands if "-m" in command and any(str(folder) in part for part in command[3:])]
+
+
+@pytest.mark.skipif(os.name != "posix", reason="sends POSIX signals")
+@pytest.mark.parametrize("fault", ["SIGINT", "SIGTERM", "SIGHUP"])
+@pytest.mark.parametrize("moment", ["Local API started", "Status: ", "no output yet"])
+def test_interrupted_the_tutorial_leaves_no_process_behind(fault, moment, base_model, tmp_path):
+    process = start_tutorial(tmp_path)
+    assert process.stdout is not None
+    if moment == "no output yet":
+        deadline = time.monotonic() + 20
+        while not processes_of(tmp_path) and time.monotonic() < deadline:
+            time.sleep(0.01)
+    else:
+        assert any(line.startswith(moment) for line in process.stdout)
+    process.send_signal(getattr(signal, fault))
+    _, stderr = process.communicate(timeout=40)
+    assert process.returncode == 130 and "Traceback" not in stderr, stderr
+    assert processes_of(tmp_path) == []
+
+
+@pytest.mark.skipif(os.name != "posix", reason="sends POSIX signals")
+def test_the_next_run_does_not_train_what_an_interrupted_one_left(base_model, tmp_path):
+    for seen in ("Status: ", "Cancelled ftjob-"):
+        process = start_tutorial(tmp_path)
+        assert process.stdout is not None
+        assert any(line.startswith(seen) for line in process.stdout)
+        process.send_signal(signal.SIGINT)
+        process.communicate(timeout=40)
+
+
+def test_the_real_base_model_answers_and_is_fine_tuned(base_model, tmp_path):
+    """SmolLM2 itself, for a few steps: the one test that shows the weights are real and arrive whole."""
+    from openai import OpenAI
+
+    server = LocalAPI(tmp_path / "data", "smollm2-135m-instruct")
+    try:
+        client = OpenAI(api_key="local", base_url=server.base_url)
+
+        def answer(model: str, question: str) -> str:
+            messages = [{"role": "user", "content": question}]
+            reply = client.chat.completions.create(model=model, messages=messages, max_tokens=40, temperature=0)
+            return reply.choices[0].message.content
+
+        assert "Paris" in answer("smollm2-135m-instruct", "What is the capital of France?")
+        rows = (ROOT / "training_data.jsonl").read_bytes().splitlines(keepends=True)[:12]
+        file = client.files.create(file=("training_data.jsonl", b"".join(rows)), purpose="fine-tune")
+        hyperparameters = {"n_epochs": 2, "batch_size": 2}
+        job = client.fine_tuning.jobs.create(
+            model="smollm2-135m-instruct",
+            training_file=file.id,
+            method={"type": "supervised", "supervised": {"hyperparameters": hyperparameters}},
+        )
+        deadline = time.monotonic() + 200
+        while job.status not in ("succeeded", "failed") and time.monotonic() < deadline:
+            time.sleep(0.5)
+            job = client.fine_tuning.jobs.retrieve(job.id)
+        assert job.status == "succeeded", job
+        events = client.fine_tuning.jobs.list_events(job.id, limit=100).data
+        losses = [event.data["train_loss"] for event in reversed(events) if event.type == "metrics"]
+        assert len(losses) == 12 and sum(losses[-3:]) < 0.9 * sum(losses[:3])
+        assert job.fine_tuned_model.startswith("ft:smollm2-135m-instruct:local::")
+        assert answer(job.fine_tuned_model, "How do I change my photo?")
+    finally:
+        server.stop()
+    assert (CACHE / "base_models" / "smollm2-135m-instruct").is_dir()
