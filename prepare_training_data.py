@@ -30,6 +30,7 @@ import json
 import math
 import os
 import re
+import shlex
 import shutil
 import sys
 import tempfile
@@ -274,6 +275,10 @@ def read_csv(lines: Iterator[str]) -> Iterator[tuple[int, Any, str]]:
             return
         if not header:
             header = fields
+            if len(header) == 1 and re.search(r"[;\t]", header[0]):
+                cure = "the fields are parted by semicolons or tabs; save the file with commas"
+                yield line, Fault("broken-file", cure), ""
+                return
             twice = next((name for name in fields if name and fields.count(name) > 1), None)
         elif twice:
             yield line, Fault("duplicate-key", f"the column {twice!r} stands twice; keep one"), render(fields)
@@ -297,7 +302,7 @@ def to_example(record: Any, system: dict | None) -> Any:
     shapes = [" and ".join(shape) for shape in SHAPES if all(key in record for key in shape)]
     if not shapes:
         wanted = "question and answer, prompt and completion, or messages"
-        return Fault("unknown-shape", f"found {named(record) or 'no keys'}; a record needs {wanted}")
+        return Fault("unknown-shape", f"found {named(record) or 'no keys'}; a record needs {wanted}, in lower case")
     if len(shapes) > 1:
         return Fault("ambiguous-shape", f"found {' as well as '.join(shapes)}; keep one of them")
     if "messages" not in record:
@@ -865,6 +870,8 @@ class AtomicFile:
         self.temporary = self.path.with_name(f".{self.path.name}.{os.getpid()}.tmp")
         if self.path.is_dir():
             raise StepError(f"{path} is a folder; name a file.")
+        if not os.access(self.path.parent, os.W_OK):
+            raise StepError(f"{path} cannot be written: its folder is missing or read-only; name another file.")
         self.file = open(self.temporary, "wb", buffering=CHUNK_BYTES)  # noqa: SIM115 (closed in __exit__)
 
     def __enter__(self) -> "AtomicFile":
@@ -1129,7 +1136,7 @@ def refuse_overwriting(read: list, written: list):
     seen = {os.path.realpath(path) for path in read if path}
     for path in filter(None, written):
         if os.path.realpath(path) in seen:
-            raise StepError(f"{path} is read or written already in this run; name another file to write.")
+            raise StepError(f"{path} is read or written already in this run; name another output with -o, or --check.")
         seen.add(os.path.realpath(path))
 
 
@@ -1182,8 +1189,8 @@ def histogram(sizes: Counter, bars: int = 8) -> Iterator[str]:
 def print_outcome(report: Report, args: argparse.Namespace, validation_output: str | None):
     print("\n".join(["", *(f"{path}: {outcome}" for path, outcome in report.written.items())]))
     if report.written:
-        validation = f" --validation-file {validation_output}" if report.validation_examples else ""
-        print(f"Next: python fine_tune.py{' ' + args.output if args.output else ''}{validation}")
+        validation = f" --validation-file {shlex.quote(validation_output or '')}" if report.validation_examples else ""
+        print(f"Next: python fine_tune.py{' ' + shlex.quote(args.output) if args.output else ''}{validation}")
     elif args.check:
         print("This file cannot be trained on as it is." if report.errors else "No errors: this file can be uploaded.")
     else:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -21,7 +22,9 @@ os.environ.update(HF_HUB_OFFLINE="1", PYTHON_DOTENV_DISABLED="1", TIKTOKEN_CACHE
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Unpack tiktoken's vocabularies, so that token counts in tests are exact."""
+    """Make token counts exact, and Ctrl-C reach what the tests start."""
+    # A shell that starts pytest in the background lets it ignore SIGINT, and its children would inherit that.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     sys.path.insert(0, str(ROOT))
     from local_api import vocabulary
 

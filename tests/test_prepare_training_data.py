@@ -471,7 +471,7 @@ def test_faults_of_csv(capsys):
     Path("b.csv").write_text("question,answer,answer\na,b,c\n" + rows)
     assert "b.csv:2: error: duplicate-key: the column 'answer' stands twice" in run(capsys, "b.csv")[2]
     Path("c.csv").write_text("Frage;Antwort\na;b\n")
-    assert "c.csv:2: error: unknown-shape: found 'Frage;Antwort'" in run(capsys, "c.csv")[2]
+    assert "c.csv:1: error: broken-file: the fields are parted by semicolons or tabs" in run(capsys, "c.csv")[2]
 
 
 def test_check_judges_as_the_upload_does(capsys):
@@ -506,7 +506,7 @@ def test_check_judges_as_the_upload_does(capsys):
         (["in.jsonl", "-o", "./link.jsonl"], "link.jsonl is read or written already"),
         (["in.jsonl", "--rejected", "training_data.jsonl"], "training_data.jsonl is read or written already"),
         (["in.jsonl", "--held-out", "cases.json", "-o", "cases.json"], "cases.json is read or written"),
-        (["in.jsonl", "-o", "no/such/folder/x.jsonl"], "No such file or directory"),
+        (["in.jsonl", "-o", "no/such/folder/x.jsonl"], "its folder is missing or read-only"),
         (["in.jsonl", "-o", "."], "is a folder"),
         (["in.jsonl", "--check", "-o", "x.jsonl"], "--check writes nothing"),
         (["in.jsonl", "--validation-output", "v.jsonl"], "--validation-output needs --validation-split"),
