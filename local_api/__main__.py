@@ -1,25 +1,30 @@
 """python -m local_api: start the server. README.md in this folder says what it serves."""
 
 import argparse
+import asyncio
 import contextlib
 import errno
 import logging
 import os
+import re
 import shlex
+import shutil
 import signal
 import socket
 import sys
+import threading
 from pathlib import Path
 from types import FrameType
 
 try:
     import psutil
     import uvicorn
+    from fastapi import FastAPI
     from filelock import FileLock, Timeout
 
     from local_api import base_models, vocabulary
     from local_api.app import LOOPBACK, TRAINER_COMMAND, Settings, create_app
-    from local_api.worker import Worker, stop_processes
+    from local_api.worker import stop_processes
 except ModuleNotFoundError as missing:
     print(f"The package {missing.name} is missing: pip install -r requirements.txt -r local_api/requirements.txt",
           file=sys.stderr)  # fmt: skip
@@ -42,10 +47,31 @@ def build_parser() -> argparse.ArgumentParser:
                         help="a Hugging Face hub id or a directory; may be given several times "
                              f"(default: {base_models.DEFAULT_BASE_MODEL})")  # fmt: skip
     parser.add_argument("--api-key", metavar="KEY", help="the key that clients must send (better: set LOCAL_API_KEY)")
-    parser.add_argument("--launcher", metavar="COMMAND", default=None,
+    parser.add_argument("--max-memory", type=memory_size, metavar="SIZE",
+                        help="what loaded models may take together, for instance 3GB; those unused for longest are "
+                             "dropped (default: half of the machine's memory, 80%% of a GPU's)")  # fmt: skip
+    parser.add_argument("--launcher", type=command_words, metavar="COMMAND",
                         help="what starts the trainer, for instance 'accelerate launch --config_file multi_gpu.yaml' "
                              "(default: this Python)")  # fmt: skip
     return parser
+
+
+def memory_size(text: str) -> int:
+    """Return the bytes that "3GB", "512 MB" or "1.5GiB" stand for."""
+    size = re.fullmatch(r"\s*(\d{1,9}(?:\.\d+)?)\s*([MGT])(i?)B?\s*", text, re.IGNORECASE)
+    number, unit, binary = size.groups() if size else ("0", "M", "")
+    wanted = int(float(number) * (1024 if binary else 1000) ** ("MGT".index(unit.upper()) + 2))
+    if wanted < 10**6:
+        sentence = "is no size of at least 1 MB; write a number with MB, GB or TB, for instance 3GB"
+        raise argparse.ArgumentTypeError(f"'{text}' {sentence}")
+    return wanted
+
+
+def command_words(text: str) -> list[str]:
+    try:
+        return shlex.split(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text} is no command ({error})".lower()) from None
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -58,6 +84,8 @@ def main(argv: list[str] | None = None) -> int:
     for name in args.base_model or ():
         if Path(name).is_absolute() and not Path(name).is_dir():
             return refuse(f"--base-model {name}: there is no such directory.")
+    if args.launcher and not shutil.which(args.launcher[0]):
+        return refuse(f"--launcher {args.launcher[0]}: there is no such command.")
     args.cache_dir = (args.cache_dir or args.data_dir / "cache").resolve()
     lock = FileLock(args.data_dir / "server.lock")
     try:
@@ -82,7 +110,9 @@ def refuse(sentence: str) -> int:
 def listen(host: str, port: int) -> socket.socket:
     """Return a listening socket; OSError, with a sentence, if the address cannot be had."""
     try:
-        return socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
+        listener = socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
+        # With its protocol named, asyncio sends at once what is written; otherwise most answers take 40 ms longer.
+        return socket.socket(listener.family, listener.type, socket.IPPROTO_TCP, fileno=listener.detach())
     except OSError as error:
         if error.errno == errno.EADDRINUSE:
             raise OSError(f"port {port} is in use; stop what uses it, or choose another --port") from None
@@ -95,9 +125,9 @@ def serve(args: argparse.Namespace, listener: socket.socket) -> None:
     """Serve until SIGTERM or Ctrl-C."""
     # The checks of a job's files count tokens: with the vocabularies that were just unpacked, not from the network.
     os.environ["TIKTOKEN_CACHE_DIR"] = str(args.cache_dir / "tiktoken")
-    trainer = [*shlex.split(args.launcher), "-m", "local_api.train"] if args.launcher else TRAINER_COMMAND
+    trainer = [*args.launcher, "-m", "local_api.train"] if args.launcher else TRAINER_COMMAND
     settings = Settings(args.data_dir, args.cache_dir, args.base_model or (base_models.DEFAULT_BASE_MODEL,), args.host,
-                        args.api_key)  # fmt: skip
+                        args.api_key, args.max_memory)  # fmt: skip
     app = create_app(settings, trainer_command=trainer)
     host = f"[{args.host}]" if ":" in args.host else args.host
     ready = (
@@ -108,7 +138,7 @@ def serve(args: argparse.Namespace, listener: socket.socket) -> None:
     )
     config = uvicorn.Config(app, log_config=None, log_level="warning", access_log=False, server_header=False,
                             proxy_headers=False, timeout_graceful_shutdown=ANSWER_SECONDS)  # fmt: skip
-    server = Server(config, ready, app.state.worker)
+    server = Server(config, ready, app)
     if hasattr(signal, "SIGHUP"):  # the terminal was closed
         signal.signal(signal.SIGHUP, server.handle_exit)
     server.run([listener])
@@ -119,17 +149,26 @@ def serve(args: argparse.Namespace, listener: socket.socket) -> None:
 class Server(uvicorn.Server):
     """uvicorn, which says when it is ready and, asked to stop, lets the trainer save its state at once."""
 
-    def __init__(self, config: uvicorn.Config, ready: str, worker: Worker):
+    def __init__(self, config: uvicorn.Config, ready: str, app: FastAPI):
         super().__init__(config)
-        self.ready, self.worker = ready, worker
+        self.ready, self.state = ready, app.state
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
         with contextlib.suppress(OSError):  # whoever started this server may be gone; it serves all the same
             print(self.ready, flush=True)
 
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Wait for answers; those that take longer end with an error that says why, before uvicorn breaks them off."""
+        asyncio.get_running_loop().call_later(ANSWER_SECONDS - 1, self.end_answers)
+        await super().shutdown(sockets)
+
+    def end_answers(self) -> None:
+        if self.state.engine is not None:  # closing waits for the current step: not on the event loop
+            threading.Thread(target=self.state.engine.close, daemon=True).start()
+
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        self.worker.stopping = True
+        self.state.worker.ask_to_stop()
         self.force_exit = self.should_exit  # the second Ctrl-C does not wait for answers
         self.should_exit = True
 

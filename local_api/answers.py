@@ -1,24 +1,85 @@
-"""Answers in the making, between the routes, which are asynchronous, and the engine, whose iterators block.
+"""What the two routes that answer share: their parameters, and answers in the making.
 
-Each choice of each request is one generation, followed by a thread of its own that hands its pieces to the event loop.
+The routes are asynchronous, the engine's iterators block: each choice of each request is one generation, followed by a
+thread of its own that hands its pieces to the event loop.
 """
 
 import asyncio
 import contextlib
+import json
 import logging
 import threading
 from collections.abc import AsyncIterator
-from typing import Any
+from typing import Annotated, Any, ClassVar, Literal
 
 from fastapi import Request
+from pydantic import Field, model_validator
+from pydantic_core import PydanticCustomError
 
 from local_api.base_models import ModelUnavailable
 from local_api.engine import Engine, EngineError, GenerationRequest
 from local_api.errors import APIError, explain, model_not_found
+from local_api.shapes import Parameters
 from local_api.store import Document
 
 log = logging.getLogger("local_api")
 MAX_GENERATIONS = 64  # at once, those that wait for their turn included; one more is answered with 429
+
+
+class AnswerParameters(Parameters):
+    """The parameters that chat completions and responses have in common."""
+
+    # Parameters that change what is answered or kept, with the values that leave it as it is here. Others are refused.
+    harmless_values: ClassVar[dict[str, tuple]]
+
+    model: str
+    stream: bool | None = None
+    temperature: Annotated[float | None, Field(ge=0, le=2)] = None
+    top_p: Annotated[float | None, Field(ge=0, le=1)] = None
+    # Labels for the operator of a service, and hints on caching and scheduling: they change no answer.
+    user: str | None = None
+    safety_identifier: str | None = None
+    prompt_cache_key: str | None = None
+    prompt_cache_retention: str | None = None
+    prompt_cache_options: Any = None
+    metadata: dict[str, str] | None = None
+    service_tier: Literal["auto", "default"] | None = None
+    parallel_tool_calls: bool | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def refuse_unsupported(cls, sent: Any) -> Any:
+        if not isinstance(sent, dict):
+            return sent
+        for name, harmless in cls.harmless_values.items():
+            refuse_unless_harmless(name, sent.get(name), harmless)
+        return {name: value for name, value in sent.items() if name not in cls.harmless_values}
+
+    def sampling(self) -> dict[str, Any]:
+        values = {"temperature": self.temperature, "top_p": self.top_p}
+        return {name: 1.0 if value is None else value for name, value in values.items()}
+
+
+def refuse_unless_harmless(name: str, value: Any, harmless: tuple) -> None:
+    if value is None or any(value == one and isinstance(value, bool) == isinstance(one, bool) for one in harmless):
+        return
+    only = " or ".join(json.dumps(one) for one in harmless if one not in ([], {}))
+    if not only:
+        raise APIError(400, f"Unsupported parameter: '{name}' is not supported with this model.", param=name,
+                       code="unsupported_parameter")  # fmt: skip
+    raise APIError(400, f"Unsupported value: '{name}' does not support {json.dumps(value)[:100]} with this model. "
+                        f"Only {only} is supported.", param=name, code="unsupported_value")  # fmt: skip
+
+
+def joined_text(content: Any) -> Any:
+    """Accept a message's content as text or as a list of text parts; refuse images, audio and files."""
+    if not isinstance(content, list):
+        return content
+    for part in content:
+        is_text = isinstance(part, dict) and part.get("type") in ("text", "input_text", "output_text")
+        if not is_text or not isinstance(part.get("text"), str):
+            raise PydanticCustomError("value_error", "this is a text model: every content part must be text")
+    return "".join(part["text"] for part in content)
 
 
 class Generating:
@@ -32,7 +93,7 @@ class Generating:
     def engine(self) -> Any:
         with self.lock:
             if self.state.engine is None:
-                self.state.engine = Engine(self.state.models.locate)
+                self.state.engine = Engine(self.state.models.locate, self.state.settings.max_memory)
             return self.state.engine
 
     def reserve(self, count: int) -> None:
@@ -128,7 +189,8 @@ def as_api_error(error: Exception, prompt: str) -> APIError:
     if isinstance(error, EngineError) and error.code in ("context_length_exceeded", "invalid_value"):
         return APIError(400, str(error), param=prompt, code=error.code)
     if isinstance(error, EngineError):
-        return APIError(503 if error.code == "server_shutting_down" else 500, str(error), code=error.code)
+        passing = error.code in ("server_shutting_down", "model_not_available")
+        return APIError(503 if passing else 500, str(error), code=error.code)
     if isinstance(error, ModelUnavailable):
         return APIError(503, str(error), param="model", code="model_not_available")
     log.error("An answer failed", exc_info=error)

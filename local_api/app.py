@@ -17,7 +17,7 @@ from fastapi import FastAPI
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from local_api import answers, base_models, chat, errors, files, jobs, models, responses, uploads
+from local_api import answers, base_models, chat, errors, files, jobs, models, page, responses, uploads
 from local_api.errors import APIError
 from local_api.store import Store, new_id
 from local_api.worker import Worker
@@ -36,6 +36,7 @@ class Settings:
     base_models: Sequence[str] = (base_models.DEFAULT_BASE_MODEL,)
     host: str = "127.0.0.1"
     api_key: str | None = field(default=None, repr=False)
+    max_memory: int | None = None  # bytes that loaded models may take; default: half of the machine's memory
 
 
 def create_app(settings: Settings, *, engine: Any = None, trainer_command: Sequence[str] = TRAINER_COMMAND) -> FastAPI:
@@ -57,6 +58,7 @@ def create_app(settings: Settings, *, engine: Any = None, trainer_command: Seque
     app.state.worker = Worker(store, app.state.models, trainer_command)
     for part in (files, uploads, jobs, models, chat, responses):
         app.include_router(part.router)
+    page.add_routes(app)
     app.add_api_route("/healthz", lambda: {"status": "ok"}, include_in_schema=False)
     errors.install(app)
     app.add_middleware(Guard, settings=settings)  # type: ignore[arg-type]
@@ -145,9 +147,11 @@ class Guard:
             raise APIError(403, f"This server does not answer to the host name '{host}'.", code="forbidden_host")
         origin = headers.get("origin")
         foreign = origin is not None and urlsplit(origin).netloc != host
-        if foreign or headers.get("sec-fetch-site", "none") not in ("none", "same-origin"):
+        # A link to the page, as in README on another site, may be followed; it shows nothing to the site it is on.
+        followed = scope["path"] == "/" and headers.get("sec-fetch-dest") == "document"
+        if foreign or (headers.get("sec-fetch-site", "none") not in ("none", "same-origin") and not followed):
             raise APIError(403, "This server does not answer web pages of other origins.", code="forbidden_origin")
-        if self.key is not None and scope["path"] != "/healthz":
+        if self.key is not None and scope["path"] not in ("/healthz", *page.FILES):
             self.check_key(headers.get("authorization", ""))
         length = headers.get("content-length", "0")
         if length.isdigit() and int(length) > limit:

@@ -9,12 +9,15 @@ safetensors; code that a model brings along is never run.
 from __future__ import annotations
 
 import hashlib
+import math
 import os
 import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -98,23 +101,27 @@ def fetch_wheel(folder: Path) -> Path:
     return wheels[0]
 
 
-def check_sha256(path: Path, expected: str) -> None:
+def sha256(path: Path) -> str:
     digest = hashlib.sha256()
     with open(path, "rb") as file:
         while block := file.read(1 << 20):
             digest.update(block)
-    if digest.hexdigest() != expected:
+    return digest.hexdigest()
+
+
+def check_sha256(path: Path, expected: str) -> None:
+    if (digest := sha256(path)) != expected:
         raise ModelUnavailable(
-            f"{path.name} is not the pinned file (its SHA-256 is {digest.hexdigest()}, not {expected}); it is not used."
+            f"{path.name} is not the pinned file (its SHA-256 is {digest}, not {expected}); it is not used."
         )
 
 
 def convert_gguf(source: Path, target: Path) -> None:
     """Unpack the GGUF weights to bfloat16 (the precision the model was published in) and save tokenizer and weights."""
+    quiet_transformers()
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
-    quiet_transformers()
     # dequantize=True: transformers otherwise keeps the 4-bit blocks, which can neither be saved nor trained.
     model = AutoModelForCausalLM.from_pretrained(
         source, gguf_file=GGUF_NAME, dtype=torch.bfloat16, quantization_config=GgufConfig(dequantize=True)
@@ -162,6 +169,31 @@ def best_dtype(device: str) -> Any:
     return torch.bfloat16 if native else torch.float32
 
 
+@lru_cache
+def weight_bytes(model_dir: Path) -> int:
+    """Return how much memory a model's weights take once they are loaded in this machine's precision."""
+    from safetensors import SafetensorError, safe_open
+
+    numbers = 0
+    try:
+        for path in Path(model_dir).glob("*.safetensors"):
+            with safe_open(path, "pt") as file:
+                numbers += sum(math.prod(file.get_slice(name).get_shape()) for name in file.keys())  # noqa: SIM118
+    except (OSError, SafetensorError):
+        return 0  # loading it will say what is wrong
+    return numbers * best_dtype(best_device()).itemsize
+
+
+def default_memory() -> int:
+    """Return how many bytes loaded models may take if nobody says: half of the machine's memory, 80 % of a GPU's."""
+    import psutil
+    import torch
+
+    if torch.cuda.is_available():
+        return int(0.8 * torch.cuda.mem_get_info()[1])
+    return psutil.virtual_memory().total // 2
+
+
 def share_processor() -> None:
     """Let PyTorch's threads sleep while they wait for each other. To be called before PyTorch is imported.
 
@@ -175,11 +207,25 @@ def quiet_transformers() -> None:
     """Keep the libraries' progress bars and advice to their developers out of our output; errors still show."""
     import warnings
 
+    if not sys.stderr.isatty():
+        os.environ.setdefault("TQDM_DISABLE", "1")  # tqdm looks once, when it is imported
     from transformers.utils import logging
 
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"transformers|peft")
     logging.set_verbosity_error()
     logging.disable_progress_bar()
+
+
+@contextmanager
+def reading(what: str) -> Iterator[None]:
+    """Turn the libraries' many complaints about files that cannot be read into one ModelUnavailable."""
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise ModelUnavailable(f"{what} cannot be loaded ({reason}).") from None
 
 
 def load(model_dir: Path, adapter_dir: Path | None = None) -> tuple[Any, Any]:
@@ -193,19 +239,16 @@ def load(model_dir: Path, adapter_dir: Path | None = None) -> tuple[Any, Any]:
     quiet_transformers()
     model: Any
     device = best_device()
-    try:
+    with reading(f"{Path(model_dir).name}: the model"):
         model = AutoModelForCausalLM.from_pretrained(
             model_dir, dtype=best_dtype(device), use_safetensors=True, local_files_only=True, trust_remote_code=False
         )
         tokenizer = AutoTokenizer.from_pretrained(model_dir, local_files_only=True, trust_remote_code=False)
-        if adapter_dir is not None:
-            from peft import PeftModel
+    if adapter_dir is not None:
+        from peft import PeftModel
 
+        with reading(f"{Path(model_dir).name}: the adapter {adapter_dir.name}"):
             model = PeftModel.from_pretrained(model, adapter_dir).merge_and_unload()
-    except (OSError, ValueError, RuntimeError, KeyError) as error:
-        what = f"the adapter {adapter_dir.name}" if adapter_dir is not None else "the model"
-        reason = " ".join(str(error).split())[:200]
-        raise ModelUnavailable(f"{Path(model_dir).name}: {what} cannot be loaded ({reason}).") from None
     if tokenizer.chat_template is None:
         raise ModelUnavailable(f"{Path(model_dir).name} has no chat template; choose an instruct (chat) model.")
     return model.to(device).eval(), tokenizer

@@ -5,16 +5,15 @@ What this server cannot do is refused with the API's error, never ignored in sil
 
 import json
 from collections.abc import AsyncIterator
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from fastapi import Request
 from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import JSONResponse, StreamingResponse
 from openai.types.chat import ChatCompletion
 from pydantic import BeforeValidator, Field
-from pydantic_core import PydanticCustomError
 
-from local_api.answers import MAX_GENERATIONS, Answer, as_api_error
+from local_api.answers import MAX_GENERATIONS, Answer, AnswerParameters, as_api_error, joined_text
 from local_api.engine import GenerationRequest
 from local_api.errors import APIError, error_body, error_response
 from local_api.models import find_model
@@ -22,31 +21,14 @@ from local_api.shapes import Parameters, Router
 from local_api.store import Document, new_id, now
 
 MAX_MESSAGES = 2048
-# Parameters that change what is answered, with the values that leave it as it is here. Others are refused.
-HARMLESS_VALUES: dict[str, tuple] = {
-    "audio": (), "frequency_penalty": (0,), "function_call": ("none",), "functions": ([],), "logit_bias": ({},),
-    "modalities": (["text"],), "moderation": (), "prediction": (), "presence_penalty": (0,),
-    "reasoning_effort": ("none",), "response_format": ({"type": "text"},), "store": (False,),
-    "tool_choice": ("none", "auto"), "tools": ([],), "verbosity": ("medium",), "web_search_options": (),
-}  # fmt: skip
-
 router = Router(prefix="/v1/chat/completions", tags=["Chat"])
 
 
-def joined_text(content: Any) -> str | None:
-    """Accept a message's content as text or as a list of text parts; refuse images, audio and files."""
-    if content is None or isinstance(content, str):
-        return content
-    if not isinstance(content, list):
-        raise PydanticCustomError("string_type", "a string")
-    for part in content:
-        if not isinstance(part, dict) or part.get("type") != "text" or not isinstance(part.get("text"), str):
-            raise PydanticCustomError("value_error", "this is a text model: every content part must be of type 'text'")
-    return "".join(part["text"] for part in content)
-
-
 def as_list(stop: Any) -> Any:
-    return [stop] if isinstance(stop, str) else stop
+    stops = [stop] if isinstance(stop, str) else stop
+    if isinstance(stops, list) and "" in stops:
+        raise ValueError("a stop sequence has at least one character")
+    return stops
 
 
 class Message(Parameters):
@@ -66,60 +48,23 @@ class StreamOptions(Parameters):
     include_obfuscation: bool | None = None  # padding against listeners on the network: of no use here
 
 
-class ChatRequest(Parameters):
-    model: str
+class ChatRequest(AnswerParameters):
+    harmless_values: ClassVar = {
+        "audio": (), "frequency_penalty": (0,), "function_call": ("none",), "functions": ([],), "logit_bias": ({},),
+        "modalities": (["text"],), "moderation": (), "prediction": (), "presence_penalty": (0,),
+        "reasoning_effort": ("none",), "response_format": ({"type": "text"},), "store": (False,),
+        "tool_choice": ("none", "auto"), "tools": ([],), "verbosity": ("medium",), "web_search_options": (),
+    }  # fmt: skip
+
     messages: Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES)]
-    stream: bool | None = None
     stream_options: StreamOptions | None = None
     n: Annotated[int | None, Field(ge=1, le=MAX_GENERATIONS)] = None
-    temperature: Annotated[float | None, Field(ge=0, le=2)] = None
-    top_p: Annotated[float | None, Field(ge=0, le=1)] = None
     max_tokens: Annotated[int | None, Field(ge=1)] = None
     max_completion_tokens: Annotated[int | None, Field(ge=1)] = None
     stop: Annotated[Annotated[list[str], Field(max_length=4)] | None, BeforeValidator(as_list)] = None
     seed: Annotated[int | None, Field(ge=-(2**63), lt=2**63)] = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int | None, Field(ge=0, le=20)] = None
-    # Labels for the operator of a service, and hints on caching and scheduling: they change no answer.
-    user: str | None = None
-    safety_identifier: str | None = None
-    prompt_cache_key: str | None = None
-    prompt_cache_retention: str | None = None
-    prompt_cache_options: Any = None
-    metadata: dict[str, str] | None = None
-    service_tier: Literal["auto", "default"] | None = None
-    parallel_tool_calls: bool | None = None
-    # Accepted only with the values in HARMLESS_VALUES.
-    audio: Any = None
-    frequency_penalty: Any = None
-    function_call: Any = None
-    functions: Any = None
-    logit_bias: Any = None
-    modalities: Any = None
-    moderation: Any = None
-    prediction: Any = None
-    presence_penalty: Any = None
-    reasoning_effort: Any = None
-    response_format: Any = None
-    store: Any = None
-    tool_choice: Any = None
-    tools: Any = None
-    verbosity: Any = None
-    web_search_options: Any = None
-
-
-def refuse_unless_harmless(asked: Parameters, harmless_values: dict[str, tuple]) -> None:
-    """Refuse parameters that this server does not support, unless they have a value that changes nothing."""
-    for name, harmless in harmless_values.items():
-        value = getattr(asked, name)
-        if value is None or any(value == one and isinstance(value, bool) == isinstance(one, bool) for one in harmless):
-            continue
-        only = " or ".join(json.dumps(one) for one in harmless if one not in ([], {}))
-        if not only:
-            raise APIError(400, f"Unsupported parameter: '{name}' is not supported with this model.", param=name,
-                           code="unsupported_parameter")  # fmt: skip
-        raise APIError(400, f"Unsupported value: '{name}' does not support {json.dumps(value)[:100]} with this model. "
-                            f"Only {only} is supported.", param=name, code="unsupported_value")  # fmt: skip
 
 
 def check_combinations(chat: ChatRequest) -> None:
@@ -145,8 +90,7 @@ def generation_requests(chat: ChatRequest) -> list[GenerationRequest]:
         model=chat.model,
         messages=[message.model_dump(include={"role", "content"}) for message in chat.messages],
         max_tokens=chat.max_completion_tokens or chat.max_tokens,
-        temperature=1.0 if chat.temperature is None else chat.temperature,
-        top_p=1.0 if chat.top_p is None else chat.top_p,
+        **chat.sampling(),
         stop=tuple(chat.stop or ()),
         seed=None if chat.seed is None else chat.seed + index,
         logprobs=bool(chat.logprobs),
@@ -156,7 +100,6 @@ def generation_requests(chat: ChatRequest) -> list[GenerationRequest]:
 
 @router.post("", response_model=ChatCompletion)
 async def create_chat_completion(request: Request, chat: ChatRequest) -> Any:
-    refuse_unless_harmless(chat, HARMLESS_VALUES)
     check_combinations(chat)
     await run_in_threadpool(find_model, request.app.state.models, chat.model)
     answer = Answer(request, generation_requests(chat))

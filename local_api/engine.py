@@ -10,17 +10,19 @@ from __future__ import annotations
 import queue
 import sys
 import threading
-import time
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
+
+from . import base_models
+
+if TYPE_CHECKING:  # it imports PyTorch, which the engine's thread does when the first request is there
+    from .batch import Batch
 
 MAX_ROWS = 16  # answers that one model writes at the same time; more wait
-MAX_MODELS = 4  # models kept in memory; the one unused for longest goes first
-DEFAULT_CONTEXT = 4096  # for models whose configuration names no longest input
 
 
 class EngineError(Exception):
@@ -82,11 +84,13 @@ class Generation:
 class Engine:
     """Answers requests for any model that `locate(model_id) -> (base model directory, adapter directory or None)` has.
 
-    `locate` raises KeyError for an unknown model. PyTorch is imported by the engine's thread, at the first request.
+    `locate` raises KeyError for an unknown model. max_memory: bytes that loaded models may take together, their weights
+    and what their running answers remember; None for half of the machine's (of a GPU's: 80 percent).
     """
 
-    def __init__(self, locate: Callable[[str], tuple[Path, Path | None]]):
+    def __init__(self, locate: Callable[[str], tuple[Path, Path | None]], max_memory: int | None = None):
         self.locate = locate
+        self.max_memory = max_memory
         self.waiting: list[Generation] = []
         self.batches: dict[str, Batch] = {}
         self.forgotten: set[str] = set()
@@ -126,29 +130,45 @@ class Engine:
     # --- the engine's thread ---
 
     def run(self) -> None:
+        try:
+            self.work()
+        finally:
+            self.closed = True
+            unfinished = self.waiting + [row.generation for batch in self.batches.values() for row in batch.rows]
+            self.abandon(unfinished, "The server is shutting down.", "server_shutting_down")
+
+    def work(self) -> None:
+        """Add a token to every running answer, again and again, until the engine is closed."""
+        from .batch import Batch  # and with it PyTorch, which takes seconds, before a lock is held
+
         while True:
             with self.changed:
                 while not (self.waiting or self.closed or self.forgotten or any(b.rows for b in self.batches.values())):
                     self.changed.wait()
                 if self.closed:
-                    break
+                    return
                 admitted = self.admit()
             for model_id, generations in admitted.items():
                 self.attempt(model_id, partial(Batch.add, generations=generations), generations)
             for model_id in list(self.batches):
                 self.attempt(model_id, Batch.step, [])
-        self.abandon(self.waiting + [row.generation for batch in self.batches.values() for row in batch.rows])
 
     def admit(self) -> dict[str, list[Generation]]:
-        """Take from the queue, first come first served, what finds room beside the answers being written."""
+        """Take from the queue, first come first served, what finds room beside the answers being written.
+
+        What needs a model that finds no room in memory waits, and all behind it too, until running answers are done.
+        """
         self.drop_forgotten()
         admitted: dict[str, list[Generation]] = {}
         left = []
-        for generation in self.waiting:
+        for place, generation in enumerate(self.waiting):
             model_id = generation.request.model
             writing = len(self.batches[model_id].rows) if model_id in self.batches else 0
             if generation.cancelled:
                 continue
+            if model_id not in self.batches and model_id not in admitted and not self.make_room(model_id, admitted):
+                left += self.waiting[place:]
+                break
             if writing + len(admitted.get(model_id, [])) < MAX_ROWS:
                 admitted.setdefault(model_id, []).append(generation)
             else:
@@ -158,36 +178,63 @@ class Engine:
 
     def attempt(self, model_id: str, action: Callable[[Batch], None], generations: list[Generation]) -> None:
         """Do one thing with a model's batch; a fault ends its answers, never the thread."""
-        from .base_models import ModelUnavailable
-
         try:
             action(self.batch(model_id))
-        except ModelUnavailable as error:
-            self.abandon(generations, str(error))
+        except base_models.ModelUnavailable as error:
+            self.abandon(generations, str(error), "model_not_available")
         except Exception:
             traceback.print_exc(file=sys.stderr)
             batch = self.batches.pop(model_id, None)
             lost = generations + [row.generation for row in (batch.rows if batch else [])]
             self.abandon(lost, "The model failed while answering.")
 
-    def abandon(self, generations: list[Generation], message: str = "The server is shutting down.") -> None:
+    def abandon(self, generations: list[Generation], message: str, code: str = "server_error") -> None:
         for generation in generations:
-            generation.pieces.put(EngineError(message))
+            generation.pieces.put(EngineError(message, code))
 
     def batch(self, model_id: str) -> Batch:
         """Return a model's batch, loading the model first if it is not in memory."""
         if model_id not in self.batches:
-            from . import base_models
+            from . import inference
+            from .batch import Batch
 
-            idle = sorted((b for b in self.batches.values() if not b.rows), key=lambda b: b.used)
-            for batch in idle[: max(0, len(self.batches) + 1 - MAX_MODELS)]:
-                del self.batches[batch.model_id]
-            try:
-                model_dir, adapter_dir = self.locate(model_id)
-            except KeyError:
-                raise base_models.ModelUnavailable(f"The model {model_id} was deleted.") from None
-            self.batches[model_id] = Batch(model_id, *base_models.load(model_dir, adapter_dir))
+            needed, limit = self.weight_bytes(model_id), self.limit()
+            if needed > limit:
+                sentence = f"{model_id} needs {in_words(needed)} of memory, and models have {in_words(limit)}"
+                raise base_models.ModelUnavailable(f"{sentence} (--max-memory).")
+            self.batches[model_id] = Batch(model_id, *inference.load(*self.find(model_id)), needed)
         return self.batches[model_id]
+
+    def make_room(self, model_id: str, admitted: Collection[str]) -> bool:
+        """Drop idle models, the one unused for longest first, until this one fits; False if it has to wait."""
+        try:
+            needed = self.weight_bytes(model_id)
+            coming = sum(self.weight_bytes(one) for one in admitted if one not in self.batches)
+        except base_models.ModelUnavailable:
+            return True  # nothing will be loaded: `batch` says why
+        if needed > self.limit():
+            return True  # the same
+        idle = [b for b in self.batches.values() if not b.rows and b.model_id not in admitted]
+        idle.sort(key=lambda batch: batch.used, reverse=True)
+        while coming + needed + sum(batch.memory() for batch in self.batches.values()) > self.limit():
+            if not idle:
+                return False
+            del self.batches[idle.pop().model_id]
+        return True
+
+    def limit(self) -> int:
+        if self.max_memory is None:
+            self.max_memory = base_models.default_memory()
+        return self.max_memory
+
+    def weight_bytes(self, model_id: str) -> int:
+        return base_models.weight_bytes(self.find(model_id)[0])
+
+    def find(self, model_id: str) -> tuple[Path, Path | None]:
+        try:
+            return self.locate(model_id)
+        except KeyError:
+            raise base_models.ModelUnavailable(f"The model {model_id} was deleted.") from None
 
     def drop_forgotten(self) -> None:
         for model_id in list(self.forgotten):
@@ -196,198 +243,5 @@ class Engine:
                 self.forgotten.discard(model_id)
 
 
-class Row:
-    """One answer being written: its tokens, what of its text has been handed out, how the next token is drawn."""
-
-    def __init__(self, generation: Generation, prompt: list[int], limit: int):
-        import torch
-
-        self.generation, self.request = generation, generation.request
-        self.prompt, self.limit = prompt, limit
-        self.ids: list[int] = []
-        self.sent = 0  # characters handed out
-        self.logprobs: list[dict] = []
-        self.random = torch.Generator()
-        if self.request.seed is not None:
-            self.random.manual_seed(self.request.seed % 2**63)
-        else:
-            self.random.seed()
-
-    def draw(self, logits: Any) -> int:
-        """Choose the next token from its logits (shape: vocabulary; float32, on the CPU)."""
-        import torch
-
-        if self.request.temperature == 0:
-            return int(logits.argmax())
-        probabilities = torch.softmax(logits / self.request.temperature, -1)
-        if self.request.top_p < 1:
-            ordered, order = probabilities.sort(descending=True)
-            ordered[ordered.cumsum(-1) - ordered > self.request.top_p] = 0  # the first token always stays
-            return int(order[torch.multinomial(ordered, 1, generator=self.random)])
-        return int(torch.multinomial(probabilities, 1, generator=self.random))
-
-    def note_logprobs(self, logits: Any, token: int, decode: Callable[[list[int]], str]) -> None:
-        """Keep the token's log probability and those of its likeliest rivals, in the API's form."""
-        scores = logits.log_softmax(-1)
-
-        def entry(identifier: int) -> dict:
-            text = decode([identifier])
-            return {"token": text, "logprob": float(scores[identifier]), "bytes": list(text.encode())}
-
-        rivals = scores.topk(self.request.top_logprobs).indices.tolist() if self.request.top_logprobs else []
-        self.logprobs.append({**entry(token), "top_logprobs": [entry(rival) for rival in rivals]})
-
-    def hand_out(self, text: str, finish_reason: str | None) -> bool:
-        """Send what became certain of the answer's text; return whether the answer is finished.
-
-        Held back: half a character (its other bytes are still to come) and anything that could become a stop sequence.
-        """
-        for stop in self.request.stop:
-            at = text.find(stop, max(0, self.sent - len(stop)))
-            if at >= 0:
-                text, finish_reason = text[:at], "stop"
-        certain = len(text)
-        if finish_reason is None:
-            certain -= len(text) - len(text.rstrip("�"))
-            held = (n for stop in self.request.stop for n in range(1, len(stop)) if text.endswith(stop[:n]))
-            certain = min(certain, len(text) - max(held, default=0))
-        if certain > self.sent or finish_reason:
-            logprobs, self.logprobs = (self.logprobs if self.request.logprobs else None), []
-            self.generation.pieces.put(Piece(text[self.sent : certain], logprobs, finish_reason))
-            self.sent = max(self.sent, certain)
-        return finish_reason is not None
-
-
-class Batch:
-    """The answers that one model writes together, and the keys and values it remembers for them.
-
-    Shapes: attended (rows, columns), 1 where a column belongs to the row; a layer's keys and values (rows, heads,
-    columns, width).
-    Rows are aligned on the right: a shorter row has unattended columns on its left.
-    """
-
-    def __init__(self, model_id: str, model: Any, tokenizer: Any):
-        from .encoding import end_of_turn_ids
-
-        self.model_id, self.model, self.tokenizer = model_id, model, tokenizer
-        self.ends = end_of_turn_ids(tokenizer, model)
-        self.context = getattr(model.config, "max_position_embeddings", None) or DEFAULT_CONTEXT
-        self.rows: list[Row] = []
-        self.cache: Any = None
-        self.attended: Any = None
-        self.used = time.monotonic()
-
-    def add(self, generations: list[Generation]) -> None:
-        """Read the prompts of new requests in one pass, draw their first tokens and join them to the others."""
-        import torch
-        from transformers import DynamicCache
-
-        rows = [row for row in (self.start(generation) for generation in generations) if row]
-        if not rows:
-            return
-        width = max(len(row.prompt) for row in rows)
-        ids = torch.zeros(len(rows), width, dtype=torch.long)
-        attended = torch.zeros_like(ids)
-        for i, row in enumerate(rows):
-            ids[i, width - len(row.prompt) :] = torch.tensor(row.prompt)
-            attended[i, width - len(row.prompt) :] = 1
-        cache = DynamicCache()
-        positions = (attended.cumsum(1) - 1).clamp(min=0)
-        logits = self.forward(ids, attended, positions, cache)
-        self.join(rows, cache, attended)
-        self.advance(rows, logits)
-
-    def start(self, generation: Generation) -> Row | None:
-        """Encode a request's prompt; one that cannot be answered gets its error."""
-        from .encoding import EncodingError, encode_prompt
-
-        try:
-            prompt = encode_prompt(self.tokenizer, generation.request.messages)
-        except EncodingError as error:
-            generation.pieces.put(EngineError(f"{error}".capitalize() + ".", "invalid_value"))
-            return None
-        generation.prompt_tokens = len(prompt)
-        if len(prompt) >= self.context:
-            limit = f"This model's maximum context length is {self.context} tokens"
-            sentence = f"{limit}. However, your messages resulted in {len(prompt)} tokens."
-            generation.pieces.put(EngineError(sentence, "context_length_exceeded"))
-            return None
-        room = self.context - len(prompt)
-        return Row(generation, prompt, min(generation.request.max_tokens or room, room))
-
-    def step(self) -> None:
-        """Carry every answer one token further."""
-        import torch
-
-        self.keep([i for i, row in enumerate(self.rows) if not row.generation.cancelled])
-        if not self.rows:
-            return
-        ids = torch.tensor([[row.ids[-1]] for row in self.rows])
-        positions = self.attended.sum(1, keepdim=True)
-        self.attended = torch.cat([self.attended, torch.ones_like(ids)], 1)
-        self.advance(self.rows, self.forward(ids, self.attended, positions, self.cache))
-
-    def forward(self, ids: Any, attended: Any, positions: Any, cache: Any) -> Any:
-        """Return the logits of each row's next token: (rows, vocabulary), float32, on the CPU."""
-        import torch
-
-        self.used = time.monotonic()
-        device = self.model.device
-        with torch.inference_mode():
-            output = self.model(
-                input_ids=ids.to(device),
-                attention_mask=attended.to(device),
-                position_ids=positions.to(device),
-                past_key_values=cache,
-                use_cache=True,
-                logits_to_keep=1,
-            )
-        return output.logits[:, -1].float().cpu()
-
-    def advance(self, rows: list[Row], logits: Any) -> None:
-        """Draw the next token of each row, hand out the text that it completes and let finished rows go."""
-        finished = set()
-        for row, scores in zip(rows, logits, strict=True):
-            token = row.draw(scores)
-            row.generation.completion_tokens += 1
-            ended = token in self.ends
-            if not ended:
-                row.ids.append(token)
-                if row.request.logprobs:
-                    row.note_logprobs(scores, token, self.decode)
-            reason = "stop" if ended else "length" if len(row.ids) >= row.limit else None
-            if row.hand_out(self.decode(row.ids), reason):
-                finished.add(row)
-        self.keep([i for i, row in enumerate(self.rows) if row not in finished])
-
-    def decode(self, ids: list[int]) -> str:
-        return self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-
-    def join(self, rows: list[Row], cache: Any, attended: Any) -> None:
-        """Put newly read rows beside the ones being written, aligned on the right."""
-        import torch
-        from torch.nn.functional import pad
-
-        if self.rows:
-            width = max(attended.shape[1], self.attended.shape[1])
-            old, new = width - self.attended.shape[1], width - attended.shape[1]
-            attended = torch.cat([pad(self.attended, (old, 0)), pad(attended, (new, 0))])
-            for mine, theirs in zip(self.cache.layers, cache.layers, strict=True):
-                theirs.keys = torch.cat([pad(mine.keys, (0, 0, old, 0)), pad(theirs.keys, (0, 0, new, 0))])
-                theirs.values = torch.cat([pad(mine.values, (0, 0, old, 0)), pad(theirs.values, (0, 0, new, 0))])
-        self.rows, self.cache, self.attended = self.rows + rows, cache, attended
-
-    def keep(self, places: list[int]) -> None:
-        """Drop every row but those at `places`, and the columns that no remaining row needs."""
-        if len(places) == len(self.rows):
-            return
-        self.rows = [self.rows[i] for i in places]
-        if not self.rows:
-            self.cache = self.attended = None
-            return
-        attended = self.attended[places]
-        first = int(attended.any(0).nonzero()[0])
-        self.attended = attended[:, first:]
-        for layer in self.cache.layers:
-            layer.keys = layer.keys[places][:, :, first:]
-            layer.values = layer.values[places][:, :, first:]
+def in_words(size: int) -> str:
+    return f"{size / 1e9:.1f} GB" if size >= 1e9 else f"{size / 1e6:.0f} MB"

@@ -5,6 +5,7 @@ into the same shape here, with the API's status, wording and code.
 """
 
 import errno
+import re
 import sqlite3
 from collections.abc import Mapping
 from typing import Any
@@ -105,10 +106,10 @@ def invalid_parameter(problem: dict[str, Any]) -> APIError:
     if kind in NAME_OF_TYPE:
         message = f"Invalid type for '{param}': expected {NAME_OF_TYPE[kind]}."
         return APIError(400, message, param=param, code="invalid_type")
-    reason = problem["msg"].removeprefix("Value error, ").removeprefix("Input should be ").rstrip(".")
+    reason = re.sub("^(Input should be|[A-Z][a-z]+ should have)", "expected", problem["msg"]).rstrip(".")
+    reason = reason.removeprefix("Value error, ").replace(" after validation, not ", ", got ")
     code = problem.get("ctx", {}).get("code", "invalid_value")
-    return APIError(400, f"Invalid value for '{param}': expected {reason}." if problem["msg"].startswith("Input")
-                    else f"Invalid value for '{param}': {reason}.", param=param, code=code)  # fmt: skip
+    return APIError(400, f"Invalid value for '{param}': {reason}.", param=param, code=code)
 
 
 def install(app: FastAPI) -> None:

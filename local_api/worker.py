@@ -25,7 +25,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import IO, Any
+from typing import IO
 
 import psutil
 
@@ -35,11 +35,11 @@ from local_api.files import add_file
 from local_api.jobs import add_event
 from local_api.models import Models
 from local_api.store import CHECKPOINT, JOB, MODEL, Document, Store, new_id, now
-from local_api.validation import InvalidFile, validate
+from local_api.train import KEPT_CHECKPOINTS
+from local_api.validation import JobFailed, validate
 
 POLL_SECONDS = 0.2
 STOP_SECONDS = 8.0  # what a trainer gets to save its state; the whole server is to end within 10
-KEPT_CHECKPOINTS = 3  # as at OpenAI: one an epoch, the last three
 MAX_KILLS = 3  # a trainer that something kills again and again is not started for ever
 
 log = logging.getLogger("local_api")
@@ -51,12 +51,12 @@ class Worker:
     def __init__(self, store: Store, models: Models, trainer_command: Sequence[str]):
         self.store, self.models = store, models
         self.trainer_command = list(trainer_command)
-        self.stopping = False  # set by a signal handler too, so it is a plain flag and no lock
+        self.stopping = 0.0  # when it was asked to stop (time.monotonic), else 0
         self._news = threading.Condition()
-        self._threads = [threading.Thread(target=self._loop, args=args, name=name, daemon=True) for name, args in (
-            ("validate", (self._validate_job, "validating_files")),
-            ("train", (self._train_job, "running", "queued")),
-        )]  # fmt: skip
+        lines = {"validate": (self._validate_job, "validating_files"), "train": (self._train_job, "running", "queued")}
+        self._threads = [
+            threading.Thread(target=self._loop, args=line, name=name, daemon=True) for name, line in lines.items()
+        ]
 
     def start(self) -> None:
         stop_processes(self._leftovers())
@@ -67,20 +67,23 @@ class Worker:
         with self._news:
             self._news.notify_all()
 
+    def ask_to_stop(self) -> None:
+        """Have the trainer save its state and end. A signal handler calls this, so it takes no lock."""
+        self.stopping = self.stopping or time.monotonic()
+
     def stop(self) -> None:
-        """Let the trainer save its state and end; its job goes on at the next start. At most about STOP_SECONDS."""
-        self.stopping = True
+        """Wait for that, at most about STOP_SECONDS after it was asked for; jobs go on at the next start."""
+        self.ask_to_stop()
         self.wake()
-        deadline = time.monotonic() + STOP_SECONDS + 1
         for thread in self._threads:
-            thread.join(max(0, deadline - time.monotonic()))
+            thread.join(max(0, self.stopping + STOP_SECONDS + 1 - time.monotonic()))
 
     def _loop(self, handle: Callable[[Document], None], *statuses: str) -> None:
         """Handle the oldest job of the first of these statuses that has one, again and again."""
         while not self.stopping:
             try:
-                waiting = [job for status in statuses for job in self.store.find(
-                    JOB, "json_extract(document, '$.status') = ?", (status,), limit=1)]  # fmt: skip
+                where = "json_extract(document, '$.status') = ?"
+                waiting = [job for status in statuses for job in self.store.find(JOB, where, (status,), limit=1)]
                 if waiting:
                     self._handle_safely(handle, waiting[0])
                     continue
@@ -93,20 +96,19 @@ class Worker:
     def _handle_safely(self, handle: Callable[[Document], None], job: Document) -> None:
         try:
             handle(job)
+        except JobFailed as failure:
+            self._fail(job["id"], failure)
         except Exception as error:
             log.exception("%s failed", job["id"])
-            self._fail(job["id"], server_error(explain(error).detail))
+            self._fail(job["id"], JobFailed("server_error", explain(error).detail))
 
     # Validation
 
     def _validate_job(self, job: Document) -> None:
         directory = self.store.job_dir(job["id"])
-        try:
-            for name, param in (("training", "training_file"), ("validation", "validation_file")):
-                if job[param]:
-                    validate(directory / f"{name}.jsonl", param)
-        except InvalidFile as error:
-            return self._fail(job["id"], error.error)
+        for name, param in (("training", "training_file"), ("validation", "validation_file")):
+            if job[param]:
+                validate(directory / f"{name}.jsonl", param)
         with self.store.transaction():
             if self._status(job["id"]) == "validating_files":
                 add_event(self.store, job["id"], "Files validated, moving job to queued state")
@@ -122,7 +124,7 @@ class Worker:
         try:
             weights = self.models.weights(job["_base"])
         except ModelUnavailable as error:
-            return self._fail(job["id"], {"code": "model_not_available", "message": str(error), "param": "model"})
+            raise JobFailed("model_not_available", str(error), "model") from None
         started_before = (directory / "job.json").exists()
         if started_before:  # what its trainer reported while no server was there comes first
             self._read_events(job["id"], directory)
@@ -130,12 +132,16 @@ class Worker:
             status = self._status(job["id"])
             if status not in ("queued", "running"):
                 return  # cancelled or paused meanwhile
-            add_event(self.store, job["id"], "Fine-tuning job goes on from its last checkpoint" if started_before
-                      else "Fine-tuning job started")  # fmt: skip
+            how = "goes on from its last checkpoint" if started_before else "started"
+            add_event(self.store, job["id"], f"Fine-tuning job {how}")
             job = self.store.update(JOB, job["id"], status="running")
         self._write_job(job, directory, weights)
         with open(directory / "trainer.log", "ab") as trainer_log:
-            trainer = self._start_trainer(directory, trainer_log)
+            try:
+                trainer = self._start_trainer(directory, trainer_log)
+            except OSError as error:
+                reason = f"{self.trainer_command[0]} cannot be started ({error.strerror}); see --launcher."
+                raise JobFailed("server_error", reason) from None
         stopped = self._follow(trainer, job["id"], directory)
         self._read_events(job["id"], directory)
         if not self._take_outcome(job["id"], directory) and not stopped:
@@ -143,28 +149,31 @@ class Worker:
 
     def _write_job(self, job: Document, directory: Path, weights: Path) -> None:
         validation, parent = directory / "validation.jsonl", directory / "parent"
+        task = {
+            "id": job["id"],
+            "base_model": job["_base"],
+            "model_dir": str(weights),
+            "adapter": str(parent) if parent.exists() else None,
+            "training_file": str(directory / "training.jsonl"),
+            "validation_file": str(validation) if validation.exists() else None,
+            "hyperparameters": job["hyperparameters"],
+            "seed": job["seed"],
+        }
         with self.store.writing(directory / "job.json") as file:
-            file.write(json.dumps({
-                "id": job["id"],
-                "base_model": job["_base"],
-                "model_dir": str(weights),
-                "adapter": str(parent) if parent.exists() else None,
-                "training_file": str(directory / "training.jsonl"),
-                "validation_file": str(validation) if validation.exists() else None,
-                "hyperparameters": job["hyperparameters"],
-                "seed": job["seed"],
-            }, indent=2).encode())  # fmt: skip
+            file.write(json.dumps(task, indent=2).encode())
 
     def _start_trainer(self, directory: Path, trainer_log: IO[bytes]) -> subprocess.Popen:
-        # A group of its own: Ctrl-C in the terminal reaches this server alone, which then stops the trainer in peace.
-        if os.name == "nt":
-            apart: dict[str, Any] = {"creationflags": subprocess.CREATE_NEW_PROCESS_GROUP}  # type: ignore[attr-defined]
-        else:
-            apart = {"start_new_session": True}
-        package_parent = str(Path(__file__).resolve().parent.parent)
-        path = os.pathsep.join(filter(None, [package_parent, os.environ.get("PYTHONPATH")]))
-        return subprocess.Popen([*self.trainer_command, str(directory)], stdin=subprocess.DEVNULL, stdout=trainer_log,
-                                stderr=trainer_log, env={**os.environ, "PYTHONPATH": path}, **apart)  # fmt: skip
+        path = os.pathsep.join(filter(None, [str(Path(__file__).parent.parent), os.environ.get("PYTHONPATH")]))
+        return subprocess.Popen(
+            [*self.trainer_command, str(directory)],
+            stdin=subprocess.DEVNULL,
+            stdout=trainer_log,
+            stderr=trainer_log,
+            env={**os.environ, "PYTHONPATH": path},
+            # A group of its own: Ctrl-C in the terminal reaches this server alone, which stops the trainer in peace.
+            start_new_session=os.name != "nt",
+            creationflags=getattr(subprocess, "CREATE_NEW_PROCESS_GROUP", 0),  # Windows' word for it
+        )
 
     def _follow(self, trainer: subprocess.Popen, job_id: str, directory: Path) -> bool:
         """Read the trainer's events until it ends; stop it when its job is no longer to run. True if it was stopped."""
@@ -183,8 +192,8 @@ class Worker:
     def _leftovers(self) -> list[psutil.Process]:
         """Return the trainers of this data directory that outlived their server, because that was killed."""
         of_this_server = {(self.trainer_command[-1], str(path)) for path in self.store.job_dir("").iterdir()}
-        return [process for process in psutil.process_iter(["cmdline"])
-                if tuple((process.info["cmdline"] or [])[-2:]) in of_this_server]  # fmt: skip
+        running = psutil.process_iter(["cmdline"])
+        return [process for process in running if tuple((process.info["cmdline"] or [])[-2:]) in of_this_server]
 
     def _read_events(self, job_id: str, directory: Path) -> None:
         """Move what the trainer has written since the last time into the store: complete lines only, each once."""
@@ -202,12 +211,11 @@ class Worker:
             job = self.store.get(JOB, job_id) or {}
             changes: Document = {"_events_read": job["_events_read"] + len(complete)}
             for line in complete.splitlines():
-                report = json.loads(line, parse_constant=lambda constant: None)  # JSON knows no NaN and no Infinity
-                if report.get("type") == "update":
+                report = json.loads(line, parse_constant=lambda constant: None)
+                if report["type"] == "update":
                     changes.update(self._update(job, report))
                 else:
-                    add_event(self.store, job_id, report["message"], level=report["level"], type=report["type"],
-                              data=report.get("data"), created_at=int(report["created_at"]))  # fmt: skip
+                    add_event(self.store, job_id, **report)
             self.store.update(JOB, job_id, **changes)
 
     def _update(self, job: Document, report: Document) -> Document:
@@ -224,69 +232,75 @@ class Worker:
     def _take_outcome(self, job_id: str, directory: Path) -> bool:
         """Record the trainer's last word, if it has spoken it."""
         try:
-            outcome = json.loads((directory / "outcome.json").read_bytes())
+            outcome = read_json(directory / "outcome.json")
         except FileNotFoundError:
             return False
         self._read_events(job_id, directory)
         if outcome["status"] == "succeeded":
             self._succeed(job_id, directory, outcome)
         else:
-            self._fail(job_id, outcome["error"])
+            self._fail(job_id, JobFailed(**outcome["error"]))
         return True
 
     def _succeed(self, job_id: str, directory: Path, outcome: Document) -> None:
         """Make the model, its checkpoints and the result file known, all in one transaction."""
         with self.store.transaction():
             job = self.store.get(JOB, job_id)
-            if job is None or job["status"] != "running":
-                return  # cancelled at the last moment
+            if job is None or job["status"] not in ("queued", "running"):  # queued: resumed after its last step
+                return  # cancelled or paused at the last moment
             name = f"ft:{job['_base']}:local:{job['_suffix']}:{new_id('', 8)}"
             self._add_model(job, name, directory / "adapter")
-            finished = sorted((int(path.parent.name.removeprefix("step-")), path)
-                              for path in directory.glob("checkpoints/step-*/metrics.json"))  # fmt: skip
-            for step, path in finished[-KEPT_CHECKPOINTS:]:
-                checkpoint = f"{name}:ckpt-step-{step}"
-                saved = json.loads(path.read_bytes(), parse_constant=lambda constant: None)
-                self.store.add({"id": new_id("ftckpt_"), "object": CHECKPOINT, "created_at": saved["created_at"],
-                                "fine_tuned_model_checkpoint": checkpoint, "fine_tuning_job_id": job_id,
-                                "step_number": saved["step_number"], "metrics": saved["metrics"]}, job_id)  # fmt: skip
-                self._add_model(job, checkpoint, path.parent)
+            saved = [(path.parent, read_json(path)) for path in directory.glob("checkpoints/step-*/metrics.json")]
+            for adapter, checkpoint in sorted(saved, key=lambda pair: pair[1]["step_number"])[-KEPT_CHECKPOINTS:]:
+                model = f"{name}:ckpt-step-{checkpoint['step_number']}"
+                checkpoint |= {"id": new_id("ftckpt_"), "object": CHECKPOINT, "fine_tuning_job_id": job_id}
+                self.store.add({**checkpoint, "fine_tuned_model_checkpoint": model}, job_id)
+                self._add_model(job, model, adapter)
             with open(directory / "result.csv", "rb") as results:
                 file = add_file(self.store, results, "step_metrics.csv", "fine-tune-results")
             add_event(self.store, job_id, f"New fine-tuned model created: {name}")
             add_event(self.store, job_id, "The job has successfully completed")
-            self.store.update(JOB, job_id, status="succeeded", finished_at=now(), estimated_finish=None,
-                              fine_tuned_model=name, trained_tokens=outcome["trained_tokens"],
-                              result_files=[file["id"]])  # fmt: skip
+            self.store.update(
+                JOB,
+                job_id,
+                status="succeeded",
+                finished_at=now(),
+                estimated_finish=None,
+                fine_tuned_model=name,
+                trained_tokens=outcome["trained_tokens"],
+                result_files=[file["id"]],
+            )
 
     def _add_model(self, job: Document, name: str, adapter: Path) -> None:
-        self.store.add({"id": name, "object": MODEL, "created": now(), "owned_by": "local", "_base": job["_base"],
-                        "_adapter": adapter.relative_to(self.store.data_dir).as_posix()}, job["id"])  # fmt: skip
+        where = adapter.relative_to(self.store.data_dir).as_posix()
+        model = {"id": name, "object": MODEL, "created": now(), "owned_by": "local"}
+        self.store.add({**model, "_base": job["_base"], "_adapter": where}, job["id"])
 
-    def _fail(self, job_id: str, error: Document) -> None:
+    def _fail(self, job_id: str, failure: JobFailed) -> None:
         with self.store.transaction():
             if self._status(job_id) in ("validating_files", "queued", "running"):
-                add_event(self.store, job_id, f"The job failed: {error['message']}", level="error")
-                self.store.update(JOB, job_id, status="failed", finished_at=now(), estimated_finish=None, error=error)
+                add_event(self.store, job_id, f"The job failed: {failure}", level="error")
+                end = {"status": "failed", "finished_at": now(), "estimated_finish": None, "error": failure.error}
+                self.store.update(JOB, job_id, **end)
 
     def _record_death(self, returncode: int, job_id: str, directory: Path) -> None:
         """The trainer ended without a last word: try again if something killed it, else the job has failed."""
-        job = self.store.get(JOB, job_id) or {}
-        times_killed = job.get("_times_killed", 0) + 1
+        times_killed = (self.store.get(JOB, job_id) or {}).get("_times_killed", 0) + 1
         if returncode == -signal.SIGTERM or (returncode < 0 and times_killed < MAX_KILLS):
             add_event(self.store, job_id, f"The trainer was killed (signal {-returncode})", level="warn")
             self.store.update(JOB, job_id, _times_killed=times_killed)
-        elif returncode < 0:
-            self._fail(job_id, server_error(
+            return
+        reason = f"The trainer stopped with exit code {returncode}: {last_line(directory / 'trainer.log')}"
+        if returncode < 0:
+            reason = (
                 f"The trainer was killed {times_killed} times, the last time by signal {-returncode}; signal 9 mostly "
-                "means that the machine ran out of memory: try a smaller batch_size or a smaller model."))  # fmt: skip
-        else:
-            self._fail(job_id, server_error(f"The trainer stopped with exit code {returncode}: "
-                                            f"{last_line(directory / 'trainer.log')}"))  # fmt: skip
+                "means that the machine ran out of memory: try a smaller batch_size or a smaller model."
+            )
+        self._fail(job_id, JobFailed("server_error", reason))
 
 
-def server_error(message: str) -> Document:
-    return {"code": "server_error", "message": message, "param": None}
+def read_json(path: Path) -> Document:
+    return json.loads(path.read_bytes(), parse_constant=lambda constant: None)  # JSON knows no NaN and no Infinity
 
 
 def last_line(path: Path) -> str:

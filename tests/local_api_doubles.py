@@ -1,7 +1,7 @@
 """Stand-ins for the two parts of local_api that need PyTorch, so that the rest is tested in seconds.
 
 `FakeEngine` answers like local_api.engine.Engine; TRAINER is a script that writes what local_api.train writes, step by
-step, and is told what to do by the training file's first message. tests/test_local_api_real.py runs the real ones.
+step, and is told what to do by the training file's first message. tests/test_local_api_model.py runs the real ones.
 """
 
 import itertools
@@ -120,6 +120,8 @@ class FakeGeneration:
         for number, word in enumerate(f"{word} " for word in words):
             if self.stopped:
                 return
+            if self.engine.closed:
+                raise EngineError("The server is shutting down.", "server_shutting_down")
             if question == "broken" and number == 2:
                 raise EngineError("The model broke.", "server_error")
             if question == "slow":

@@ -3,17 +3,25 @@
 Every answer is checked twice: by the SDK's strict response validation and against OpenAI's OpenAPI document.
 """
 
+import asyncio
 import hashlib
 import json
+import socket
 import sqlite3
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import httpx2
 import jsonschema
 import openai
 import pytest
 from local_api_doubles import FakeEngine, running, training_file, wait_for
+
+from local_api.__main__ import build_parser, listen
+from local_api.answers import Generating, as_api_error
+from local_api.app import Settings
+from local_api.engine import EngineError
 
 DOCUMENT = json.loads((Path(__file__).parent / "openai_openapi.json").read_text(encoding="utf-8"))
 # Where this server departs from the document, and why.
@@ -334,6 +342,28 @@ def test_cancel_pause_and_resume(client, http, server):
     assert client.fine_tuning.jobs.retrieve(third.id).fine_tuned_model is None
 
 
+def test_a_job_paused_in_its_last_step_succeeds_when_it_is_resumed(client, http, server):
+    store, file = server[1].state.store, upload(client, training_file("stubborn")).id
+    job = client.fine_tuning.jobs.create(model="tiny-base", training_file=file)
+    while not any(event.type == "metrics" for event in client.fine_tuning.jobs.list_events(job.id)):
+        time.sleep(0.02)
+    http.post(f"/v1/fine_tuning/jobs/{job.id}/pause")
+    (store.data_dir / "go").touch()  # the trainer goes on to its end all the same
+    while not (store.job_dir(job.id) / "outcome.json").exists():
+        time.sleep(0.02)
+    (store.data_dir / "go").unlink()
+    time.sleep(0.5)
+    assert http.get(f"/v1/fine_tuning/jobs/{job.id}").json()["status"] == "paused"
+    client.fine_tuning.jobs.resume(job.id)
+    assert wait_for(job.id, client).fine_tuned_model
+
+
+def test_a_job_without_a_seed_gets_that_of_its_file(client):
+    files = [upload(client, content).id for content in (training_file(), training_file(), training_file("other"))]
+    seeds = [client.fine_tuning.jobs.create(model="tiny-base", training_file=file).seed for file in files]
+    assert seeds[0] == seeds[1] != seeds[2]
+
+
 @pytest.mark.parametrize("changes, status, param, code", [
     ({"model": "gpt-4o"}, 404, "model", "model_not_found"),
     ({"training_file": "file-unknown"}, 400, "training_file", None),
@@ -526,6 +556,8 @@ USER = {"role": "user", "content": "hi"}
     ({"max_tokens": 0}, 400, "max_tokens", "invalid_value"),
     ({"max_tokens": 5, "max_completion_tokens": 5}, 400, "max_tokens", "invalid_parameter_combination"),
     ({"stop": ["a"] * 5}, 400, "stop", "invalid_value"),
+    ({"stop": ""}, 400, "stop", "invalid_value"),
+    ({"stop": ["a", ""]}, 400, "stop", "invalid_value"),
     ({"top_logprobs": 3}, 400, "top_logprobs", "invalid_parameter_combination"),
     ({"logprobs": True, "top_logprobs": 21}, 400, "top_logprobs", "invalid_value"),
     ({"stream_options": {"include_usage": True}}, 400, "stream_options", "invalid_parameter_combination"),
@@ -544,6 +576,13 @@ def test_wrong_chat_parameters_are_refused(client, changes, status, param, code)
     headers = {"Content-Type": "application/json"}
     refusal(lambda: client.post("/chat/completions", content=json.dumps(body).encode(), cast_to=object,
                                 options={"headers": headers}), status, param, code)  # fmt: skip
+
+
+def test_a_refusal_is_in_plain_words(client):
+    said = refusal(lambda: ask(client, "hi", stop=["a"] * 5), 400, "stop", "invalid_value")
+    assert said == "Invalid value for 'stop': expected at most 4 items, got 5."
+    said = refusal(lambda: ask(client, "hi", temperature=3), 400, "temperature", "invalid_value")
+    assert said == "Invalid value for 'temperature': expected less than or equal to 2."
 
 
 def test_null_is_the_same_as_absent(client):
@@ -618,7 +657,7 @@ def test_wrong_response_parameters_are_refused(client, changes, status, param, c
 
 
 def test_errors_outside_the_routes_have_the_same_shape(http):
-    for answer, status in ((http.get("/v1/unknown"), 404), (http.put("/v1/files"), 405), (http.get("/"), 404),
+    for answer, status in ((http.get("/v1/unknown"), 404), (http.put("/v1/files"), 405),
                            (http.post("/v1/chat/completions", content=b"{not json"), 400),
                            (http.post("/v1/fine_tuning/jobs", content=b"[]"), 400),
                            (http.post("/v1/files", content=b"x", headers={"content-type": "multipart/form-data"}), 400),
@@ -636,6 +675,45 @@ def test_the_state_is_durable(server):
     db = sqlite3.connect(server[1].state.store.data_dir / "state.sqlite3")
     assert db.execute("PRAGMA journal_mode").fetchone() == ("wal",)
     assert server[1].state.store._query("PRAGMA synchronous") == [(2,)]  # FULL
+
+
+@pytest.mark.parametrize("text, size", [
+    ("3GB", 3 * 10**9), ("512 mb", 512 * 10**6), ("1.5GiB", 3 * 2**29), ("2G", 2 * 10**9), ("lots", None), ("3", None),
+    ("0GB", None), ("0.9MB", None), ("1B", None),
+])  # fmt: skip
+def test_max_memory_takes_sizes_with_units(capsys, text, size):
+    if size:
+        assert build_parser().parse_args(["--max-memory", text]).max_memory == size
+    else:
+        with pytest.raises(SystemExit, match="2"):
+            build_parser().parse_args(["--max-memory", text])
+        assert f"'{text}' is no size of at least 1 MB; write a number with MB, GB or TB" in capsys.readouterr().err
+
+
+def test_max_memory_reaches_the_engine_and_a_model_that_is_too_large_is_a_503():
+    state = SimpleNamespace(engine=None, models=SimpleNamespace(locate=None), settings=Settings(max_memory=5))
+    engine = Generating(state).engine()
+    assert engine.max_memory == 5
+    engine.close()
+    refused = as_api_error(EngineError("It is too large.", "model_not_available"), "messages")
+    assert (refused.status_code, refused.code) == (503, "model_not_available")
+
+
+def test_answers_are_sent_at_once():
+    """asyncio sets TCP_NODELAY on connections whose listener names its protocol, and on no others."""
+
+    async def accepted_without_delay(listener):
+        connected = asyncio.get_running_loop().create_future()
+        server = await asyncio.start_server(lambda _, writer: connected.set_result(writer), sock=listener)
+        async with server:
+            _, ours = await asyncio.open_connection(*listener.getsockname())
+            theirs = await connected
+            without_delay = theirs.get_extra_info("socket").getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
+            ours.close()
+            theirs.close()
+        return without_delay
+
+    assert asyncio.run(accepted_without_delay(listen("127.0.0.1", 0)))
 
 
 def test_the_engine_is_closed_with_the_server(tmp_path):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,7 +15,8 @@ import pytest
 from tiny_model import make_tiny_model, write_training_file
 
 from conftest import ROOT
-from local_api import train
+from local_api import step, train
+from local_api.base_models import weight_bytes
 from local_api.encoding import EncodingError, encode_example, encode_prompt
 from local_api.engine import Engine, EngineError, GenerationRequest
 
@@ -90,8 +92,8 @@ def test_batched_losses_equal_those_of_each_example_alone(tiny_model, tokenizer)
     short = encode_example(tokenizer, {"messages": CONVERSATION[:3]})
     short = short._replace(trained=[i > 5 for i in range(len(short.ids))])
     rows = [short, encode_example(tokenizer, {"messages": CONVERSATION})]
-    together, hits, count = train.losses(model, rows, 0)
-    alone = [train.losses(model, [row], 0) for row in rows]
+    together, hits, count = step.losses(model, rows)
+    alone = [step.losses(model, [row]) for row in rows]
     assert count == sum(c for _, _, c in alone) and hits == sum(h for _, h, _ in alone)
     assert together.item() == pytest.approx(sum(loss.item() for loss, _, _ in alone), rel=1e-4)
 
@@ -183,6 +185,25 @@ def test_an_interrupted_job_goes_on_to_the_same_adapter(fault, trained, tiny_mod
     assert steps == list(range(1, 37)), "every step is reported once"
 
 
+def test_long_epochs_are_saved_on_the_way(trained, tiny_model, tmp_path, monkeypatch):
+    job_dir, train_step, losses = make_job(tmp_path / "job", tiny_model), train.train_step, []
+
+    def step_until_killed(*arguments):
+        if len(losses) == 3:
+            raise KeyboardInterrupt
+        losses.append(train_step(*arguments))
+        return losses[-1]
+
+    monkeypatch.setattr(train, "SAVE_SECONDS", 0.0)
+    monkeypatch.setattr(train, "train_step", step_until_killed)
+    with pytest.raises(KeyboardInterrupt):
+        train.main([str(job_dir)])
+    monkeypatch.undo()
+    assert train.main([str(job_dir)]) == 0
+    assert "Training goes on from step 3." in [event.get("message") for event in events(job_dir)]
+    assert all((w == adapter_weights(job_dir)[name]).all() for name, w in adapter_weights(trained).items())
+
+
 def test_training_goes_on_from_an_earlier_adapter(trained, tiny_model, tmp_path):
     job_dir = make_job(tmp_path / "job", tiny_model, adapter=str(trained / "adapter"))
     assert train.main([str(job_dir)]) == 0
@@ -212,11 +233,62 @@ def test_a_large_batch_is_computed_in_parts_with_the_same_result(tiny_model, tmp
     whole = make_job(tmp_path / "whole", tiny_model, hyperparameters={"n_epochs": 1, "batch_size": 6})
     parted = make_job(tmp_path / "parted", tiny_model, hyperparameters={"n_epochs": 1, "batch_size": 6})
     assert train.main([str(whole)]) == 0
-    monkeypatch.setattr(train, "TOKENS_AT_ONCE", 100)
+    monkeypatch.setitem(step.TOKENS_AT_ONCE, "cpu", 100)
     assert train.main([str(parted)]) == 0
     for one, other in zip(events(whole), events(parted), strict=True):
         if one.get("type") == "metrics":
             assert one["data"]["train_loss"] == pytest.approx(other["data"]["train_loss"], rel=0.02)
+
+
+IN_FLOAT32 = """
+import sys, torch
+from local_api import base_models, train
+base_models.best_dtype = lambda device: torch.float32
+sys.exit(train.main())
+"""
+
+
+def launch(job_dir: Path, processes: int, program: tuple = ("-m", "local_api.train")) -> subprocess.Popen:
+    """Start the trainer with torchrun, as `--launcher` does."""
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+    return subprocess.Popen([*torchrun, *program, str(job_dir)], cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)})
+
+
+@pytest.mark.skipif(os.name != "posix", reason="torchrun on Windows needs a PyTorch built with libuv")
+def test_two_processes_give_the_loss_of_one(tiny_model, tmp_path):
+    program = tmp_path / "in_float32.py"
+    program.write_text(IN_FLOAT32, encoding="utf-8")
+    # 11 rows in batches of 5: the last batch has one row, so one of the two processes gets none.
+    training = str(write_training_file(tmp_path / "training.jsonl", examples=11))
+    validation = str(write_training_file(tmp_path / "validation.jsonl", examples=3))
+    files = {"training_file": training, "validation_file": validation}
+    settings = {"n_epochs": 3, "batch_size": 5, "learning_rate_multiplier": 3.0}
+    one, two = (make_job(tmp_path / name, tiny_model, hyperparameters=settings, **files) for name in ("one", "two"))
+    alone, together = launch(one, 1, (str(program),)), launch(two, 2, (str(program),))
+    assert alone.wait(300) == together.wait(300) == 0
+    losses = [
+        [figure for event in events(job_dir) if event["type"] == "metrics" for figure in event["data"].values()]
+        for job_dir in (one, two)
+    ]
+    assert len(losses[0]) > 9 * 4 and losses[1] == pytest.approx(losses[0], rel=1e-3)
+    for name, weights in adapter_weights(one).items():
+        assert (weights - adapter_weights(two)[name]).norm() < 1e-2 * weights.norm(), name
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(os.name != "posix", reason="Windows has no SIGTERM that a process could answer")
+def test_several_processes_stop_together_and_go_on(tiny_model, tmp_path):
+    job_dir = make_job(tmp_path / "job", tiny_model, hyperparameters={"n_epochs": 50, "batch_size": 4})
+    first = launch(job_dir, 2)
+    deadline = time.monotonic() + 120
+    while not (job_dir / "checkpoints" / "step-3").exists() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    first.send_signal(signal.SIGTERM)
+    first.wait(60)
+    assert not (job_dir / "outcome.json").exists(), "the job was over before it could be interrupted"
+    assert launch(job_dir, 2).wait(300) == 0
+    steps = [event["data"]["step"] for event in events(job_dir) if event["type"] == "metrics"]
+    assert steps == list(range(1, 151)), "every step is reported once"
 
 
 # --- answering ---
@@ -284,6 +356,22 @@ def test_a_seed_makes_sampling_repeatable(engine):
     assert sample(1) == sample(1) != sample(2)
 
 
+def test_tokens_are_drawn_as_often_as_they_are_likely():
+    import torch
+
+    from local_api.batch import Row
+    from local_api.engine import Generation
+
+    logits = 2 * torch.randn(1000, generator=torch.Generator().manual_seed(0))
+    for temperature, top_p in ((1.0, 1.0), (1.0, 0.9), (2.0, 0.99), (0.5, 0.0), (1e-30, 1.0)):
+        row = Row(Generation(request(temperature=temperature, top_p=top_p, seed=1)), [], 1)
+        drawn = torch.bincount(torch.tensor([row.draw(logits) for _ in range(4000)]), minlength=1000) / 4000
+        likely, tokens = torch.softmax(logits / max(temperature, 0.01), -1).sort(descending=True)
+        likely[likely.cumsum(0) - likely > top_p] = 0
+        expected = torch.zeros(1000).scatter(0, tokens, likely / likely.sum())
+        assert (drawn - expected).abs().max() < 0.03 and not drawn[expected == 0].any()
+
+
 def test_logprobs_name_each_token_and_its_rivals(engine):
     generation = engine.submit(request(logprobs=True, top_logprobs=3, max_tokens=4))
     entries = [entry for piece in generation for entry in piece.logprobs or []]
@@ -291,6 +379,22 @@ def test_logprobs_name_each_token_and_its_rivals(engine):
     for entry in entries:
         assert entry["logprob"] == max(rival["logprob"] for rival in entry["top_logprobs"]) <= 0
         assert len(entry["top_logprobs"]) == 3
+
+
+def test_logprobs_end_with_the_text_that_a_stop_sequence_cuts():
+    import torch
+
+    from local_api.batch import Row
+    from local_api.engine import Generation
+
+    words = ["a", "ST", "S", "TOP"]  # the third token is held back, and cut off by the fourth
+    row = Row(Generation(request(stop=["STOP"], logprobs=True)), [], 9)
+    for number in range(len(words)):
+        row.note_logprobs(torch.zeros(4), number, lambda ids: words[ids[0]])
+        row.hand_out("".join(words[: number + 1]), None)
+    pieces = list(row.generation)
+    assert "".join(piece.text for piece in pieces) == "aST" and pieces[-1].finish_reason == "stop"
+    assert [entry["token"] for piece in pieces for entry in piece.logprobs] == ["a", "ST"]
 
 
 def test_half_a_character_is_held_back(engine):
@@ -318,8 +422,13 @@ def test_a_prompt_longer_than_the_context_is_an_error_not_a_crash(engine):
     assert text(engine.submit(request())), "the engine goes on"
 
 
-def test_a_corrupt_adapter_is_an_error_not_a_crash(tiny_model, tmp_path):
-    (tmp_path / "adapter_config.json").write_text("{", encoding="utf-8")
+@pytest.mark.parametrize("name", ["adapter_config.json", "adapter_model.safetensors"])
+def test_a_corrupt_adapter_is_an_error_not_a_crash(tiny_model, trained, tmp_path, name):
+    shutil.copytree(trained / "adapter", tmp_path, dirs_exist_ok=True)
+    (tmp_path / name).write_text("{", encoding="utf-8")
+    job_dir = make_job(tmp_path / "job", tiny_model, adapter=str(tmp_path))
+    assert train.main([str(job_dir)]) == 1
+    assert "cannot be loaded" in (job_dir / "outcome.json").read_text("utf-8")
     engine = Engine({"broken": (tiny_model, tmp_path), "tiny": (tiny_model, None)}.__getitem__)
     with pytest.raises(EngineError, match="cannot be loaded"):
         text(engine.submit(request(model="broken")))
@@ -332,11 +441,30 @@ def test_an_unknown_model_is_a_key_error(engine):
         engine.submit(request(model="nobody"))
 
 
-def test_models_beyond_the_limit_are_dropped_and_loaded_again(tiny_model, monkeypatch):
-    monkeypatch.setattr("local_api.engine.MAX_MODELS", 2)
-    engine = Engine(dict.fromkeys("abc", (tiny_model, None)).__getitem__)
-    answers = {text(engine.submit(request(model=name))) for name in "abcabc"}
-    assert len(answers) == 1 and len(engine.batches) == 2
+def test_models_that_memory_has_no_room_for_are_dropped_and_loaded_again(tiny_model):
+    size = weight_bytes(tiny_model)
+    engine = Engine(dict.fromkeys("abc", (tiny_model, None)).__getitem__, max_memory=2 * size)
+    answers = {text(engine.submit(request(model=name))) for name in "abcbac"}
+    assert len(answers) == 1 and set(engine.batches) == {"a", "c"}, "b was unused for longest"
+    engine.close()
+
+
+def test_a_model_that_finds_no_room_waits_for_running_answers(tiny_model):
+    size = weight_bytes(tiny_model)
+    engine = Engine(dict.fromkeys("ab", (tiny_model, None)).__getitem__, max_memory=int(1.5 * size))
+    alone = text(engine.submit(request(model="a", max_tokens=150)))
+    first, second = engine.submit(request(model="a", max_tokens=150)), engine.submit(request(model="b"))
+    third = engine.submit(request(model="a"))  # it came later, so it does not keep the second waiting
+    answers = [text(generation) for generation in (first, second, third)]
+    assert answers[0] == alone and answers[1] == answers[2] and set(engine.batches) == {"a"}
+    engine.close()
+
+
+def test_a_model_larger_than_the_memory_is_refused_in_a_sentence(tiny_model):
+    engine = Engine({"tiny": (tiny_model, None)}.__getitem__, max_memory=1000)
+    with pytest.raises(EngineError, match=r"tiny needs \d+ MB of memory.*--max-memory") as refused:
+        text(engine.submit(request()))
+    assert refused.value.code == "model_not_available"
     engine.close()
 
 

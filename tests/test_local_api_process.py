@@ -21,6 +21,8 @@ import psutil
 import pytest
 from local_api_doubles import TRAINER, training_file, wait_for
 
+from local_api.__main__ import build_parser
+
 ROOT = Path(__file__).resolve().parent.parent
 pytestmark = pytest.mark.skipif(os.name == "nt", reason="POSIX signals; the server's Windows side has no test double")
 
@@ -120,6 +122,26 @@ def test_a_second_server_on_the_same_data_refuses(tmp_path):
 def test_what_cannot_be_served_is_refused_at_once(tmp_path):
     assert "a --port is a number from 0 to 65535" in refused(tmp_path, "--port", "99999")
     assert "there is no such directory" in refused(tmp_path, "--base-model", "/no/such/model")
+    assert "--launcher nothing: there is no such command" in refused(tmp_path, "--launcher", "nothing launch")
+
+
+def test_a_launcher_whose_quotes_do_not_end_is_a_usage_error(capsys):
+    with pytest.raises(SystemExit, match="2"):
+        build_parser().parse_args(["--launcher", "'x"])
+    assert "argument --launcher: 'x is no command (no closing quotation)" in capsys.readouterr().err
+
+
+def test_a_launcher_that_is_gone_fails_its_job_with_a_sentence(tmp_path):
+    launcher = tmp_path / "launcher"
+    launcher.write_text("#!/bin/sh\n")
+    launcher.chmod(0o755)
+    with server(tmp_path, "--launcher", str(launcher)) as process:
+        launcher.unlink()
+        job, deadline = process.create_job("hello"), time.monotonic() + 20
+        while (job := process.client.fine_tuning.jobs.retrieve(job.id)).status != "failed":
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        assert job.error.message == f"{launcher} cannot be started (No such file or directory); see --launcher."
 
 
 def test_a_port_in_use_is_said(tmp_path):
@@ -156,6 +178,32 @@ def test_asked_to_stop_it_finishes_answers_and_lets_the_trainer_save(tmp_path, h
         second.let_trainers_go()
         assert wait_for(job.id, second.client).status == "succeeded"
         assert second.steps(job) == list(range(1, 11)), "no step was lost and none was repeated"
+
+
+def test_a_launcher_starts_the_trainer(tmp_path):
+    launcher, seen = tmp_path / "launcher.py", tmp_path / "seen.txt"
+    launcher.write_text(
+        f"import os, sys\nopen({str(seen)!r}, 'w').write(' '.join(sys.argv[1:]))\n"
+        f"os.execv(sys.executable, [sys.executable, {str(tmp_path / 'trainer.py')!r}, sys.argv[-1]])\n"
+    )
+    with server(tmp_path, "--launcher", f"{sys.executable} {launcher} --processes 2") as process:
+        job = wait_for(process.create_job("hello").id, process.client)
+        directory = tmp_path / "data" / "jobs" / job.id
+        assert seen.read_text() == f"--processes 2 -m local_api.train {directory}"
+
+
+@pytest.mark.slow
+def test_asked_to_stop_it_ends_a_long_stream_with_an_error(tmp_path):
+    with server(tmp_path) as process:
+        question = {"role": "user", "content": "slow"}
+        stream = process.client.chat.completions.create(model="base", messages=[question], stream=True)
+        next(stream)
+        started = time.monotonic()
+        process.process.send_signal(signal.SIGTERM)
+        with pytest.raises(openai.APIError, match="The server is shutting down"):
+            list(stream)
+        assert process.wait() == 0 and time.monotonic() - started < 10
+    assert "Traceback" not in (tmp_path / "server.log").read_text()
 
 
 @pytest.mark.slow

@@ -1,0 +1,214 @@
+"""The answers that one model writes together: prompts join, every step adds a token to each, finished ones leave.
+
+It imports PyTorch, so the engine imports it when the first request is there.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.nn.functional import pad
+from transformers import DynamicCache
+
+from .encoding import EncodingError, encode_prompt, end_of_turn_ids
+from .engine import EngineError, Generation, Piece
+
+FEW = 256  # tokens that are looked at first when a part of all is asked for (top_p)
+DEFAULT_CONTEXT = 4096  # for models whose configuration names no longest input
+
+
+class Row:
+    """One answer being written: its tokens, what of its text has been handed out, how the next token is drawn."""
+
+    def __init__(self, generation: Generation, prompt: list[int], limit: int):
+        self.generation, self.request = generation, generation.request
+        self.prompt, self.limit = prompt, limit
+        self.ids: list[int] = []
+        self.sent = 0  # characters handed out
+        self.text = ""  # as it was decoded at the last step
+        self.logprobs: list[tuple[int, dict]] = []  # not handed out yet, with the place where their token starts
+        self.random = torch.Generator()
+        if self.request.seed is not None:
+            self.random.manual_seed(self.request.seed % 2**63)
+        else:
+            self.random.seed()
+
+    def draw(self, logits: Any) -> int:
+        """Choose the next token from its logits (shape: vocabulary; float32, on the CPU)."""
+        if self.request.temperature < 1e-4:  # dividing by less overflows
+            return int(logits.argmax())
+        probabilities, tokens = torch.softmax(logits / self.request.temperature, -1), None
+        if self.request.top_p < 1:
+            everything, top_p = probabilities, self.request.top_p
+            probabilities, tokens = everything.topk(min(FEW, len(everything)))  # mostly enough; to sort all takes 8 ms
+            if probabilities.sum() < top_p:
+                probabilities, tokens = everything.sort(descending=True)
+            probabilities[probabilities.cumsum(-1) - probabilities > top_p] = 0  # the first token always stays
+        # Ten times faster than torch.multinomial, which draws a random number for each token.
+        sums = probabilities.cumsum(-1, dtype=torch.float64)
+        point = sums[-1] * torch.rand(1, generator=self.random, dtype=torch.float64)
+        place = torch.searchsorted(sums, point, right=True)
+        return int(place if tokens is None else tokens[place])
+
+    def note_logprobs(self, logits: Any, token: int, decode: Callable[[list[int]], str]) -> None:
+        """Keep the token's log probability and those of its likeliest rivals, in the API's form."""
+        scores = logits.log_softmax(-1)
+
+        def entry(identifier: int) -> dict:
+            text = decode([identifier])
+            return {"token": text, "logprob": float(scores[identifier]), "bytes": list(text.encode())}
+
+        rivals = scores.topk(self.request.top_logprobs).indices.tolist() if self.request.top_logprobs else []
+        start = len(self.text.rstrip("�"))
+        self.logprobs.append((start, {**entry(token), "top_logprobs": [entry(rival) for rival in rivals]}))
+
+    def hand_out(self, text: str, finish_reason: str | None) -> bool:
+        """Send what became certain of the answer's text; return whether the answer is finished.
+
+        Held back: half a character (its other bytes are still to come) and anything that could become a stop sequence.
+        """
+        self.text, whole = text, finish_reason is not None
+        for stop in self.request.stop:
+            at = text.find(stop, max(0, self.sent - len(stop)))
+            if at >= 0:
+                text, finish_reason, whole = text[:at], "stop", False
+        certain = len(text)
+        if finish_reason is None:
+            certain -= len(text) - len(text.rstrip("�"))
+            held = (n for stop in self.request.stop for n in range(1, len(stop)) if text.endswith(stop[:n]))
+            certain = min(certain, len(text) - max(held, default=0))
+        if certain > self.sent or finish_reason:
+            logprobs = [entry for start, entry in self.logprobs if whole or start < certain]
+            self.logprobs = self.logprobs[len(logprobs) :]
+            shown = logprobs if self.request.logprobs else None
+            self.generation.pieces.put(Piece(text[self.sent : certain], shown, finish_reason))
+            self.sent = max(self.sent, certain)
+        return finish_reason is not None
+
+
+class Batch:
+    """The answers that one model writes together, and the keys and values it remembers for them.
+
+    Shapes: attended (rows, columns), 1 where a column belongs to the row; a layer's keys and values (rows, heads,
+    columns, width).
+    Rows are aligned on the right: a shorter row has unattended columns on its left.
+    """
+
+    def __init__(self, model_id: str, model: Any, tokenizer: Any, weight_bytes: int):
+        self.model_id, self.model, self.tokenizer, self.weight_bytes = model_id, model, tokenizer, weight_bytes
+        self.ends = end_of_turn_ids(tokenizer, model)
+        self.context = getattr(model.config, "max_position_embeddings", None) or DEFAULT_CONTEXT
+        self.rows: list[Row] = []
+        self.cache: Any = None
+        self.attended: Any = None
+        self.used = time.monotonic()
+
+    def memory(self) -> int:
+        """Return the bytes of the model's weights, and of the keys and values that its running answers remember."""
+        layers = self.cache.layers if self.rows else ()
+        return self.weight_bytes + sum(layer.keys.nbytes + layer.values.nbytes for layer in layers)
+
+    def add(self, generations: list[Generation]) -> None:
+        """Read the prompts of new requests in one pass, draw their first tokens and join them to the others."""
+        rows = [row for row in (self.start(generation) for generation in generations) if row]
+        if not rows:
+            return
+        width = max(len(row.prompt) for row in rows)
+        ids = torch.zeros(len(rows), width, dtype=torch.long)
+        attended = torch.zeros_like(ids)
+        for i, row in enumerate(rows):
+            ids[i, width - len(row.prompt) :] = torch.tensor(row.prompt)
+            attended[i, width - len(row.prompt) :] = 1
+        cache = DynamicCache()
+        positions = (attended.cumsum(1) - 1).clamp(min=0)
+        logits = self.forward(ids, attended, positions, cache)
+        self.join(rows, cache, attended)
+        self.advance(rows, logits)
+
+    def start(self, generation: Generation) -> Row | None:
+        """Encode a request's prompt; one that cannot be answered gets its error."""
+        try:
+            prompt = encode_prompt(self.tokenizer, generation.request.messages)
+        except EncodingError as error:
+            generation.pieces.put(EngineError(f"{error}".capitalize() + ".", "invalid_value"))
+            return None
+        generation.prompt_tokens = len(prompt)
+        if len(prompt) >= self.context:
+            limit = f"This model's maximum context length is {self.context} tokens"
+            sentence = f"{limit}. However, your messages resulted in {len(prompt)} tokens."
+            generation.pieces.put(EngineError(sentence, "context_length_exceeded"))
+            return None
+        room = self.context - len(prompt)
+        return Row(generation, prompt, min(generation.request.max_tokens or room, room))
+
+    def step(self) -> None:
+        """Carry every answer one token further."""
+        self.keep([i for i, row in enumerate(self.rows) if not row.generation.cancelled])
+        if not self.rows:
+            return
+        ids = torch.tensor([[row.ids[-1]] for row in self.rows])
+        positions = self.attended.sum(1, keepdim=True)
+        self.attended = torch.cat([self.attended, torch.ones_like(ids)], 1)
+        self.advance(self.rows, self.forward(ids, self.attended, positions, self.cache))
+
+    def forward(self, ids: Any, attended: Any, positions: Any, cache: Any) -> Any:
+        """Return the logits of each row's next token: (rows, vocabulary), float32, on the CPU."""
+        self.used = time.monotonic()
+        device = self.model.device
+        with torch.inference_mode():
+            output = self.model(
+                input_ids=ids.to(device),
+                attention_mask=attended.to(device),
+                position_ids=positions.to(device),
+                past_key_values=cache,
+                use_cache=True,
+                logits_to_keep=1,
+            )
+        return output.logits[:, -1].float().cpu()
+
+    def advance(self, rows: list[Row], logits: Any) -> None:
+        """Draw the next token of each row, hand out the text that it completes and let finished rows go."""
+        finished = set()
+        for row, scores in zip(rows, logits, strict=True):
+            token = row.draw(scores)
+            row.generation.completion_tokens += 1
+            ended = token in self.ends
+            if not ended:
+                row.ids.append(token)
+                if row.request.logprobs:
+                    row.note_logprobs(scores, token, self.decode)
+            reason = "stop" if ended else "length" if len(row.ids) >= row.limit else None
+            if row.hand_out(self.decode(row.ids), reason):
+                finished.add(row)
+        self.keep([i for i, row in enumerate(self.rows) if row not in finished])
+
+    def decode(self, ids: list[int]) -> str:
+        return self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
+    def join(self, rows: list[Row], cache: Any, attended: Any) -> None:
+        """Put newly read rows beside the ones being written, aligned on the right."""
+        if self.rows:
+            width = max(attended.shape[1], self.attended.shape[1])
+            old, new = width - self.attended.shape[1], width - attended.shape[1]
+            attended = torch.cat([pad(self.attended, (old, 0)), pad(attended, (new, 0))])
+            for mine, theirs in zip(self.cache.layers, cache.layers, strict=True):
+                theirs.keys = torch.cat([pad(mine.keys, (0, 0, old, 0)), pad(theirs.keys, (0, 0, new, 0))])
+                theirs.values = torch.cat([pad(mine.values, (0, 0, old, 0)), pad(theirs.values, (0, 0, new, 0))])
+        self.rows, self.cache, self.attended = self.rows + rows, cache, attended
+
+    def keep(self, places: list[int]) -> None:
+        """Drop every row but those at `places`, and the columns that no remaining row needs."""
+        if len(places) == len(self.rows):
+            return
+        self.rows = [self.rows[i] for i in places]
+        if not self.rows:
+            self.cache = self.attended = None
+            return
+        attended = self.attended[places]
+        first = int(attended.any(0).nonzero()[0])
+        self.attended = attended[:, first:]
+        for layer in self.cache.layers:
+            layer.keys, layer.values = layer.keys[places, :, first:], layer.values[places, :, first:]

@@ -1,0 +1,215 @@
+"""The mathematics of training: the adapter, the loss of a batch, one step of the optimizer, on one process or many."""
+
+from __future__ import annotations
+
+import os
+import random
+from typing import Any
+
+from . import base_models
+from .encoding import Encoded
+
+# Rank 16 is the most that vLLM takes by default.
+LORA: dict[str, Any] = {"r": 16, "lora_alpha": 32, "lora_dropout": 0.0, "bias": "none", "target_modules": "all-linear"}
+BASE_LEARNING_RATE = 1e-3  # high for LoRA, right for a small model and few examples; learning_rate_multiplier scales it
+WARMUP_SHARE = 0.06  # of all steps; then the rate falls linearly to zero
+MAX_GRADIENT_NORM = 1.0
+# A larger batch is computed in parts of about so many tokens: it bounds memory, and a CPU gains nothing by more.
+TOKENS_AT_ONCE = {"cpu": 1024, "mps": 4096, "cuda": 4096}
+# In bfloat16 on a CPU a step of rows like the tutorial's takes 17 % longer with PyTorch's fused attention than with
+# plain matrix products. At 1,000 tokens the fused one is faster, and the plain one would take much memory.
+PLAIN_ATTENTION_TOKENS = 512
+
+
+class Ranks:
+    """This process among those that a launcher has started to train one job together; by itself, it is all of them.
+
+    torchrun and `accelerate launch` tell each process its place in the environment: RANK, WORLD_SIZE, LOCAL_RANK.
+    """
+
+    def __init__(self) -> None:
+        self.rank, self.size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+        if self.size > 1:
+            import torch
+
+            cuda = torch.cuda.is_available()
+            if cuda:
+                torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+            torch.distributed.init_process_group("nccl" if cuda else "gloo")
+
+    def __enter__(self) -> Ranks:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.size > 1:
+            import torch
+
+            torch.distributed.destroy_process_group()
+
+    def share(self, rows: list[Encoded]) -> list[Encoded]:
+        """Return this process's rows of a batch: none, if there are fewer rows than processes."""
+        return rows[self.rank :: self.size]
+
+    def add_up(self, figures: Any) -> Any:
+        """Replace a tensor by its sum over all processes."""
+        if self.size > 1:
+            import torch
+
+            torch.distributed.all_reduce(figures)
+        return figures
+
+
+# --- the data of a step ---
+
+
+def epoch_batches(examples: list[Encoded], batch_size: int, seed: int, epoch: int) -> list[list[Encoded]]:
+    """Return the epoch's batches, in an order that depends on the seed alone.
+
+    Rows of like length share a batch, which saves padding; they are sorted within pools, so that chance still decides.
+    """
+    order = random.Random(f"{seed}/{epoch}")
+    shuffled = order.sample(examples, len(examples))
+    pool = 16 * batch_size
+    for start in range(0, len(shuffled), pool):
+        shuffled[start : start + pool] = sorted(shuffled[start : start + pool], key=lambda row: len(row.ids))
+    batches = [shuffled[start : start + batch_size] for start in range(0, len(shuffled), batch_size)]
+    order.shuffle(batches)
+    return batches
+
+
+def parts(rows: list[Encoded], tokens_at_once: int) -> list[list[Encoded]]:
+    """Cut rows into parts of at most about `tokens_at_once` tokens, padding included."""
+    result: list[list[Encoded]] = []
+    for row in sorted(rows, key=lambda row: len(row.ids)):
+        if result and (len(result[-1]) + 1) * len(row.ids) <= tokens_at_once:
+            result[-1].append(row)
+        else:
+            result.append([row])
+    return result
+
+
+# --- the model ---
+
+
+def add_lora(model: Any, adapter: str | None, base_model: str, longest_row: int) -> Any:
+    """Freeze the base model and put a LoRA adapter on its linear layers: a new one, or `adapter` to train further."""
+    import torch
+    from peft import LoraConfig, PeftModel, get_peft_model
+
+    if model.device.type == "cpu" and model.dtype == torch.bfloat16 and longest_row <= PLAIN_ATTENTION_TOKENS:
+        model.set_attn_implementation("eager")
+    if adapter:
+        with base_models.reading("the adapter of the model to train further"):
+            return PeftModel.from_pretrained(model, adapter, is_trainable=True, autocast_adapter_dtype=False)
+    # No cast to float32: the exact values live in the Optimizer, the layers compute in the model's precision.
+    model = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", **LORA), autocast_adapter_dtype=False)
+    is_default = base_model == base_models.DEFAULT_BASE_MODEL
+    model.peft_config["default"].base_model_name_or_path = base_models.DEFAULT_HUB_ID if is_default else base_model
+    return model
+
+
+def losses(model: Any, rows: list[Encoded]) -> tuple[Any, int, int]:
+    """Return (summed cross-entropy over trained tokens, how many were predicted right, how many there are).
+
+    Rows are padded on the right, where no token of a causal model looks: no mask is needed. The large output layer is
+    computed for the positions that predict a trained token alone.
+    """
+    import torch
+    from torch.nn.utils.rnn import pad_sequence
+
+    ids = pad_sequence([torch.tensor(row.ids) for row in rows], batch_first=True).to(model.device)  # (rows, tokens)
+    trained = pad_sequence([torch.tensor(row.trained) for row in rows], batch_first=True)[:, 1:].to(model.device)
+
+    def select(layer: Any, inputs: tuple) -> tuple:
+        return (inputs[0][:, :-1][trained][None],)  # (1, trained tokens, hidden size)
+
+    with model.get_output_embeddings().register_forward_pre_hook(select):
+        logits = model(input_ids=ids, use_cache=False).logits[0].float()  # (trained tokens, vocabulary)
+    targets = ids[:, 1:][trained]
+    right = int((logits.detach().argmax(-1) == targets).sum())
+    return torch.nn.functional.cross_entropy(logits, targets, reduction="sum"), right, len(targets)
+
+
+def mean_losses(model: Any, rows: list[Encoded], ranks: Ranks) -> tuple[float, float]:
+    """Return (mean loss, token accuracy) of validation rows; nothing is learnt."""
+    import torch
+
+    figures = torch.zeros(3, dtype=torch.float64)
+    model.eval()
+    with torch.no_grad():
+        for part in parts(ranks.share(rows), TOKENS_AT_ONCE[model.device.type]):
+            loss, right, count = losses(model, part)
+            figures += torch.tensor([loss.item(), right, count], dtype=torch.float64)
+    total, right, count = ranks.add_up(figures.to(torch.float32).to(model.device)).tolist()
+    return total / count, right / count
+
+
+class Optimizer:
+    """AdamW on a float32 copy of the adapter: in bfloat16 most updates would be too small to change a weight."""
+
+    def __init__(self, model: Any, learning_rate: float, total_steps: int):
+        import torch
+
+        self.weights = [weight for weight in model.parameters() if weight.requires_grad]
+        self.exact = torch.cat([weight.detach().float().flatten() for weight in self.weights])  # all of them, in a row
+        self.adamw = torch.optim.AdamW([self.exact], lr=learning_rate, weight_decay=0.0)
+        warmup = max(1, round(WARMUP_SHARE * total_steps))
+        self.schedule = torch.optim.lr_scheduler.LambdaLR(
+            self.adamw, lambda step: min((step + 1) / warmup, (total_steps - step) / max(1, total_steps - warmup))
+        )
+
+    def take_gradient(self) -> Any:
+        """Return the gradient as one float32 tensor, and forget it in the model."""
+        import torch
+
+        pieces = []
+        for weight in self.weights:
+            pieces.append((torch.zeros_like(weight) if weight.grad is None else weight.grad).float().flatten())
+            weight.grad = None
+        return torch.cat(pieces)
+
+    def step(self, gradient: Any) -> None:
+        import torch
+
+        self.exact.grad = gradient
+        torch.nn.utils.clip_grad_norm_([self.exact], MAX_GRADIENT_NORM)
+        self.adamw.step()
+        self.schedule.step()
+        self.copy_to_model()
+
+    def copy_to_model(self) -> None:
+        pieces = self.exact.split([weight.numel() for weight in self.weights])
+        for weight, piece in zip(self.weights, pieces, strict=True):
+            weight.data.copy_(piece.view_as(weight))
+
+    def state(self) -> dict:
+        return {"exact": self.exact, "adamw": self.adamw.state_dict(), "schedule": self.schedule.state_dict()}
+
+    def restore(self, state: dict) -> None:
+        self.exact.copy_(state["exact"])
+        self.adamw.load_state_dict(state["adamw"])
+        self.schedule.load_state_dict({**self.schedule.state_dict(), **state["schedule"]})
+        self.copy_to_model()
+
+
+def train_step(
+    model: Any, optimizer: Optimizer, batch: list[Encoded], ranks: Ranks, stop_asked: bool
+) -> tuple[float, float, bool]:
+    """Update the adapter once; return (mean loss, token accuracy, whether any process was asked to stop).
+
+    The loss is the mean over the trained tokens of the whole batch, whatever parts and processes it is computed in.
+    """
+    import torch
+
+    count = sum(sum(row.trained[1:]) for row in batch)
+    total, right = 0.0, 0
+    model.train()
+    for part in parts(ranks.share(batch), TOKENS_AT_ONCE[model.device.type]):
+        loss, hits, _ = losses(model, part)
+        (loss / count).backward()
+        total, right = total + loss.item(), right + hits
+    gradient = optimizer.take_gradient()
+    figures = ranks.add_up(torch.cat([gradient, gradient.new_tensor([total, right, stop_asked])]))
+    optimizer.step(figures[:-3])
+    total, right, stops = figures[-3:].tolist()
+    return total / count, right / count, stops > 0
