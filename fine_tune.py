@@ -1,36 +1,37 @@
 """Step 2: upload the training file and create one fine-tuning job, exactly one.
 
-Needs   training_data.jsonl (step 1) and a server: the local API (copy .env.example to .env, run `python -m local_api`),
+Needs   training_data.jsonl (step 1) and a server: the local API (copy .env.example to .env, run `python -m local_api`)
         or any other that speaks OpenAI's API (OPENAI_API_KEY, OPENAI_BASE_URL).
 Leaves  fine_tune_job.json, which steps 3 to 5 read; the record of an earlier job moves to fine_tune_jobs/.
-Omits   waiting for the training (step 3 does that), every method but supervised fine-tuning, and a lock: run it once
-        at a time in a folder.
+Omits   waiting for the training (step 3), methods other than supervised fine-tuning, and a lock: run it once at a time.
 
 A job costs money, and the SDK repeats a request whose answer is lost with nothing that lets the server tell it from a
-second order. So this script writes down what it is about to send, sends it once, and when the answer does not come,
-looks on the server for what the request has made. Wherever it is killed and whatever the server does: run the same
-command again and it goes on from where it was. Same bytes, options and server: same job.
+second order. So this script writes down what it is about to send, sends it once, and when no answer comes looks on the
+server for what the request has made: exactly_once() and settle(). Wherever it is killed and whatever the server does,
+run the same command again and it goes on from where it was. Same bytes, options and server: same job.
 
     python fine_tune.py
     python fine_tune.py my_data.jsonl --suffix my-bot --n-epochs 3
-    python fine_tune.py --dry-run                     # judge the file, estimate the cost, send nothing
+    python fine_tune.py --dry-run                     # check the file, estimate the cost, send nothing
     JOB=$(python fine_tune.py --quiet)                # stdout is the job id alone
     python fine_tune.py --extra '{"trainingType": "GlobalStandard"}'     # what Azure needs besides
 
-Exit codes: 0 the job exists · 1 the data is not fit to train on · 2 usage or configuration · 3 it cannot be told
-whether the server has the upload or the job · 4 server or network · 130 interrupted.
+Exit codes: 0 the job exists · 1 the data is not fit to train on · 2 usage or configuration · 4 server or network ·
+130 interrupted.
 """
 
 import argparse
 import hashlib
+import io
 import itertools
 import json
 import math
 import os
+import re
 import sys
 import time
 import uuid
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, redirect_stdout
 from datetime import date
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -40,16 +41,22 @@ RECORD = "fine_tune_job.json"
 OLD_RECORDS = Path("fine_tune_jobs")
 DEFAULT_MODEL = "gpt-4.1-mini-2025-04-14"  # the cheapest that OpenAI still fine-tunes, until 2027-01-06
 MAX_COST = 5.00  # USD
+ROLES = ("training_file", "validation_file")
+RECORD_KEYS = {
+    *("token", "base_url", "forced", "unanswered", "job_id", "model", "suffix", "seed", "hyperparameters", "extra"),
+    *(role + key for role in ROLES for key in ("", "_sha256")),
+    *("training_file_path", "training_file_name"),
+}
 TOKEN = "fine_tune_token"  # the key in a job's metadata by which the job is known again
 REQUEST_TIMEOUT = 60.0  # seconds; a request that has not been carried out by then never will be
 CLOCK_SKEW = 300  # seconds by which the server's clock may differ from ours
-FILE_WAIT = 120.0  # seconds; some servers never call a file processed and create the job all the same
-LONGEST_WAIT = 120.0  # seconds; a rate limit that asks for more ends the run, which can be repeated then
+FILE_WAIT = 120  # seconds; some servers never call a file processed and create the job all the same
+RATE_LIMIT_WAIT = 120  # seconds; a rate limit that asks for more ends the run, which can be repeated then
 RETRIES = 4
+MISSING = (404, 405, 501)  # what servers answer where there is no such thing, or no such endpoint
 FILE_UNFIT = {"error", "failed", "invalid_format", "deleted"}
 FILE_IN_WORK = {"uploaded", "uploading", "pending", "running", "processing", "queued", "validating"}
 JOB_DEAD = {"failed", "cancelled", "canceled", "error", "user_error", "failed_validation"}
-ROLES = ("training_file", "validation_file")
 
 
 # --- identical in the four scripts that talk to a server; tests/test_scripts.py holds the copies equal ---
@@ -61,79 +68,74 @@ class StepError(Exception):
         self.exit_code = exit_code
 
 
-def server_settings():
-    """Return (API key, base URL) of the server that the environment or .env names (StepError if of no use)."""
-    from importlib.util import find_spec
-
-    for package, module in (("openai", "openai"), ("python-dotenv", "dotenv")):
-        if not find_spec(module):
-            raise StepError(
-                f"{package} is not installed here: activate the virtual environment (source .venv/bin/activate) "
-                "or run python -m pip install -r requirements.txt"
-            )
+def server_settings() -> tuple[str, str]:
+    """Return the API key and the base URL of the server that the environment or .env names."""
     from dotenv import load_dotenv
 
     load_dotenv()
-    api_key, base_url = os.environ.get("OPENAI_API_KEY"), os.environ.get("OPENAI_BASE_URL")
+    # A line end pasted with a key would come back in an error text of the HTTP library, key and all.
+    api_key, base_url = (os.environ.get(name, "").strip() for name in ("OPENAI_API_KEY", "OPENAI_BASE_URL"))
     if not api_key and not base_url:
         raise StepError(
             "No server is configured: copy .env.example to .env to use the local API, "
             "or set OPENAI_API_KEY to use OpenAI."
         )
-    # A stray line end in the key would come back in the error text of the HTTP library, key and all.
-    # An empty OPENAI_BASE_URL would reach the SDK as an empty address, so the default is spelled out.
-    api_key, base_url = (api_key or "").strip() or "not-needed", base_url or "https://api.openai.com/v1"
     if not (api_key.isascii() and api_key.isprintable()):
         raise StepError("OPENAI_API_KEY holds a character that no key has, such as a typographic dash: paste it again.")
-    try:
-        usable = urlsplit(base_url).scheme in ("http", "https") and urlsplit(base_url).hostname
-    except ValueError:  # a bracket or a port that is none
-        usable = False
-    if not usable:
-        raise StepError(
-            f"OPENAI_BASE_URL is {base_url!r}, which is no address: begin it with http:// or https://, "
-            "as in http://127.0.0.1:8321/v1"
-        )
-    return api_key, base_url
+    if base_url and not re.fullmatch(
+        r"https?://(\[[0-9a-f:]+\]|[\w-]{1,63}(\.[\w-]{1,63})*\.?)(:\d{1,5})?(/\S*)?", base_url
+    ):
+        # Its value is not repeated: it may be the key, set in the wrong variable, or hold a password.
+        raise StepError("OPENAI_BASE_URL is no address such as http://127.0.0.1:8321/v1.")
+    return api_key or "not-needed", base_url.rstrip("/") or "https://api.openai.com/v1"
 
 
 def same_server(one: str | None, other: str | None) -> bool:
-    """Tell whether two base URLs name one server: localhost is 127.0.0.1, and a slash at the end is nothing."""
-
-    def plain(base_url):
-        address = urlsplit((base_url or "").rstrip("/"))
-        local = address.hostname in ("localhost", "127.0.0.1", "::1")
-        return address.scheme, "localhost" if local else address.hostname, address.port, address.path
-
-    return plain(one) == plain(other)
+    one, other = ((url or "").rstrip("/").replace("//localhost", "//127.0.0.1") for url in (one, other))
+    return one == other
 
 
 def connect(timeout: float = 600):
-    """Return the client for that server; `timeout`: seconds without an answer before a request counts as lost."""
-    api_key, base_url = server_settings()
+    """Return the SDK's client for that server; after `timeout` seconds without an answer a request counts as lost."""
     import openai  # imported here: it takes half a second that --help should not cost
 
-    def refuse_web_page(response):  # what a proxy or a wrong address answers; the SDK would hand it on as a bare string
-        if response.is_success and "html" in response.headers.get("content-type", ""):
-            raise openai.APIError("a web page", response.request, body=None)
+    def refuse_what_is_no_answer(response):  # the SDK would hand on a bare string, a list or None
+        content_type = response.headers.get("content-type", "") if response.is_success else ""
+        fault = "a web page" if "html" in content_type else None  # from a proxy or a wrong address
+        if "json" in content_type and not response.url.path.endswith("/content"):
+            response.read()
+            try:
+                fault = None if isinstance(response.json(), dict) else "no JSON object"
+            except ValueError as error:
+                fault = str(error)
+        if fault:
+            raise openai.APIError(fault, response.request, body=None)
 
-    address = urlsplit(base_url)
-    if address.scheme == "http" and address.hostname not in ("localhost", "127.0.0.1", "::1"):
-        print(f"warning: plain http to {address.hostname}: your key can be read on the way.", file=sys.stderr)
+    api_key, base_url = server_settings()
+    if base_url.startswith("http:") and not is_local(base_url):
+        print(f"warning: plain http to {base_url}: your key can be read on the way.", file=sys.stderr)
+    timeout = float(os.environ.get("FINE_TUNE_TIMEOUT", timeout))
     try:
-        timeout = float(os.environ.get("FINE_TUNE_TIMEOUT") or timeout)
-        if not 0 < timeout < 1e6:
-            raise ValueError
-    except ValueError:
-        raise StepError("FINE_TUNE_TIMEOUT must be a number of seconds, such as 60.") from None
-    http_client = openai.DefaultHttpxClient(event_hooks={"response": [refuse_web_page]})
-    return openai.OpenAI(api_key=api_key, base_url=base_url, timeout=timeout, http_client=http_client)
+        http_client = openai.DefaultHttpxClient(event_hooks={"response": [refuse_what_is_no_answer]})
+        return openai.OpenAI(api_key=api_key, base_url=base_url, timeout=timeout, http_client=http_client)
+    except Exception as error:  # of many classes, with texts that may hold a proxy's password
+        fault = f"a value that cannot be used ({type(error).__name__})"
+        raise StepError(f"OPENAI_BASE_URL, SSL_CERT_FILE or one of the *_PROXY variables has {fault}.") from None
+
+
+def is_local(base_url: str) -> bool:
+    return urlsplit(base_url).hostname in ("localhost", "127.0.0.1", "::1")
 
 
 def out_of_credit(error) -> bool:
     """Tell a 429 that waiting does not cure (credit, spending limit) from one that asks to slow down."""
-    words = ("insufficient_quota", "credit", "spend", "usage_limit")
-    return any(word in f"{error.type} {error.code}" for word in words)
+    return bool(re.search("insufficient_quota|credit|spend|usage_limit", f"{error.type} {error.code}"))
+
+
+def clean(text) -> str:
+    """Return the text in one line, with no key in it even where the server repeats it."""
+    text, key = " ".join(str(text).split()), os.environ.get("OPENAI_API_KEY", "").strip()
+    return text if len(key) < 16 else text.replace(key, "[key]")  # "local" is no secret
 
 
 @contextmanager
@@ -141,481 +143,399 @@ def server_errors_explained(client):
     """Turn what the SDK raises inside the block into a StepError: the cause and the cure in one sentence."""
     import openai
 
-    server = str(client.base_url)
-
-    def clean(text) -> str:  # one line, and no key in it even where the server repeats it
-        text = " ".join(str(text).split()).rstrip(".")
-        return text if len(client.api_key) < 16 else text.replace(client.api_key, "[key]")  # "local" is no secret
+    server = str(client.base_url).rstrip("/")
 
     try:
         yield
     except openai.APITimeoutError:
         raise StepError(f"{server} did not answer in time; run the same command again.", 4) from None
     except openai.APIConnectionError as error:
-        cause = clean(error.__cause__ or error)
+        cause = clean(error.__cause__ or error).rstrip(".")
+        cure = "check the network and OPENAI_BASE_URL"
         if "CERTIFICATE" in cause.upper():
-            cure = "its TLS certificate was not accepted; set SSL_CERT_FILE to your organisation's certificates."
-        elif urlsplit(server).hostname in ("localhost", "127.0.0.1", "::1"):
-            cure = f"is the local API running? Start it in another terminal: python -m local_api ({cause})"
-        else:
-            cure = f"check the network and OPENAI_BASE_URL ({cause})."
-        raise StepError(f"Cannot reach {server}: {cure}", 4) from None
+            cure = "its TLS certificate was not accepted; set SSL_CERT_FILE to your organisation's certificates"
+        elif is_local(server):
+            cure = "is the local API running? Start it in another terminal: python -m local_api"
+        raise StepError(f"Cannot reach {server}: {cure} ({cause}).", 4) from None
     except openai.APIStatusError as error:
         code, said = error.status_code, error.body.get("message") if isinstance(error.body, dict) else None
-        otherwise = "the request was not accepted" if code < 500 else "the server failed; run the same command again"
         sentence = {
             401: "the key was not accepted; check OPENAI_API_KEY and that it belongs to this server",
             403: "this key may not do that",
-            404: "no such model, job or file on this server; check the id and OPENAI_BASE_URL",
+            404: "no such model, job or file on this server; check the id and OPENAI_BASE_URL, which often ends in /v1",
             413: "the file is larger than this server accepts; split it or shorten it",
             429: "too many requests; wait a little and run the same command again",
-        }.get(code, otherwise)
-        if code == 404 and not server.rstrip("/").endswith("/v1"):
-            sentence += ", which ends in /v1 on most servers"
+        }.get(code, "the request was not accepted" if code < 500 else "the server failed; run the same command again")
         if code == 429 and out_of_credit(error):
             sentence = "no credit is left or a spending limit is reached, and waiting does not help; see your plan"
-        sentence = f"{server} answered {code}: {sentence}. It said: {clean(said or error.message)}."
-        raise StepError(sentence, 4 if code == 429 or code >= 500 else 2) from None
+        exit_code = 4 if code == 429 or code >= 500 else 2
+        raise StepError(
+            f"{server} answered {code}: {sentence}. It said: {clean(said or error.message).rstrip('.')}.", exit_code
+        ) from None
     except (openai.APIError, json.JSONDecodeError) as error:  # an error event in a stream, a body that is not JSON
-        raise StepError(f"{server} sent an answer that cannot be read: {clean(error)}.", 4) from None
-
-
-def deleted(client, model: str | None) -> bool:
-    """Tell whether a fine-tuned model is gone: the server lists its models, and this one is not among them."""
-    import openai
-
-    if not (model or "").startswith("ft:"):  # servers with other names list a model only once it is deployed
-        return False
-    try:
-        names = {listed.id for listed in client.models.list()}
-    except (openai.APIError, json.JSONDecodeError):
-        return False  # this answers no question of the reader's, so it may stay open
-    return bool(names) and model not in names
+        raise StepError(f"{server} sent an answer that cannot be read: {clean(error).rstrip('.')}.", 4) from None
 
 
 def read_job_record(path: str = "fine_tune_job.json") -> dict:
     """Return what fine_tune.py recorded of its latest job, or {} if there is no record yet."""
     try:
         with open(path, encoding="utf-8") as file:
-            record = json.load(file)
-        if not isinstance(record, dict):
-            raise ValueError
-        return record
+            return dict(json.load(file))
     except FileNotFoundError:
         return {}
-    except (OSError, ValueError):
+    except (OSError, ValueError, TypeError):
         raise StepError(f"{path} is not readable JSON; move it away, or name the job or model yourself.") from None
 
 
 # --- end of the identical part ---
 
 
-class FineTuner:
-    """Creates one fine-tuning job, and follows it; `say` gets the lines of the report."""
+def start_fine_tuning(
+    training_file: str = TRAINING_FILE,
+    model: str | None = None,
+    suffix: str | None = None,
+    validation_file: str | None = None,
+    seed: int | None = None,
+    extra: dict | None = None,
+    max_cost: float = MAX_COST,
+    dry_run: bool = False,
+    force: bool = False,
+    **hyperparameters: float | None,
+) -> str:
+    """Return the id of the job for these files, these options and this server: found, or created now.
 
-    def __init__(self, client=None, say=print) -> None:
-        # The SDK repeats nothing: what may be sent twice is decided here.
-        self.client = (client or connect(REQUEST_TIMEOUT)).with_options(max_retries=0)
-        self.server = str(self.client.base_url).rstrip("/")
-        self.say = say
-        self.record: dict = {}  # what was asked, what was sent, what came of it; see write_record
-
-    def create_job(
-        self,
-        training_file: str = TRAINING_FILE,
-        validation_file: str | None = None,
-        model: str | None = None,
-        suffix: str | None = None,
-        seed: int | None = None,
-        hyperparameters: dict | None = None,
-        extra: dict | None = None,
-        max_cost: float = MAX_COST,
-        force: bool = False,
-        dry_run: bool = False,
-    ) -> str:
-        """Return the id of the job for this file, these options and this server: found, or created now.
-
-        hyperparameters: only what is asked for, such as {"n_epochs": 3}. extra: merged into the request. max_cost: USD.
-        force: a new upload and a new job in any case. dry_run: check and estimate only, and return "".
-        Raises StepError with the sentence for the reader.
-        """
-        paths = {role: path for role, path in zip(ROLES, (training_file, validation_file), strict=True) if path}
-        contents = {role: read_file(path) for role, path in paths.items()}
-        wanted: dict = {  # two runs that agree in all of this want the same job
-            "base_url": self.server,
-            "model": model or os.environ.get("FINE_TUNE_MODEL") or DEFAULT_MODEL,
-            "suffix": suffix,
-            "seed": seed,
-            "hyperparameters": hyperparameters or {},
-            "extra": extra or {},
-            **{f"{role}_sha256": contents.get(role) and hashlib.sha256(contents[role]).hexdigest() for role in ROLES},
-        }
-        with server_errors_explained(self.client):
-            self.record = read_job_record(RECORD)
-            if dry_run:
-                check_before_spending(self.client, wanted["model"], paths, hyperparameters or {}, max_cost)
-                return self.say_what_would_happen(wanted, training_file, force)
-            self.find_lost_job()
-            with self.earlier_job_kept():
-                same = agree(self.record, wanted)
-                if not same and not force:
-                    same = self.take_up_earlier_record(wanted)
-                job = self.living_job() if same and not force else None
-                if job:
-                    self.say("This job exists already: same bytes, options and server. (--force starts a new one.)")
-                    return self.report(job)
-                found = check_before_spending(self.client, wanted["model"], paths, hyperparameters or {}, max_cost)
-                begun = same and not self.record["job_id"] and (self.record["forced"] or not force)
-                if not begun:
-                    found |= {"training_file_bytes": len(contents["training_file"]), "forced": force}
-                    self.begin_record({**wanted, **{f"{role}_path": paths.get(role) for role in ROLES}, **found})
-                self.say(f"[1/3] Uploading training file: {training_file}")
-                for role in paths:
-                    self.upload(role, contents[role])
-                self.say("\n[2/3] Waiting for file to be processed...")
-                for role in paths:
-                    self.wait_for_file(role)
-                self.say("✓ File processed successfully!\n\n[3/3] Creating fine-tuning job...")
-                job = self.create()
-                self.say("✓ Fine-tuning job created successfully!")
-                return self.report(job)
-
-    def say_what_would_happen(self, wanted: dict, training_file: str, force: bool) -> str:
-        """Tell what a run that is no dry run would do; write nothing, and return ""."""
-        if not agree(self.record, wanted):
-            self.record = newest_fitting(earlier_records(), wanted)
-        job = self.living_job() if self.record and not force else None
-        would = f"upload {training_file} (unless the server has it) and create a job to fine-tune {wanted['model']}"
-        self.say(f"Dry run: would {f'go on with job {job.id}, {job.status}' if job else would}. Nothing was sent.")
-        return ""
-
-    @contextmanager
-    def earlier_job_kept(self):
-        """Leave the earlier job the current one if the new one is refused inside the block."""
-        earlier = self.record
-        try:
-            yield
-        except Exception:
-            # A request without an answer may still make a job: then the new record stays, for the next run to look.
-            if earlier.get("job_id") and self.record is not earlier and not self.record["unanswered"]:
-                set_aside(self.record)
-                write_record(earlier)
-            raise
-
-    def monitor_progress(self, job_id: str | None = None) -> str:
-        """Follow the job (default: the one just created) to its end and return the fine-tuned model."""
-        try:
-            from check_fine_tune_status import wait_for_training
-        except ModuleNotFoundError:
-            raise StepError("To follow a job, put check_fine_tune_status.py beside this script.") from None
-        return wait_for_training(job_id or self.record["job_id"])
-
-    # Exactly once: an upload and the creation of a job both go through here.
-
-    def send_once(self, what: str, send, find):
-        """Send a request that must not be carried out twice; return what it made, now or in an earlier run.
-
-        what: the record's name for it, "job" or one of ROLES. find: looks on the server for what it made.
-        """
-        if what in self.record["unanswered"]:
-            made = self.look_for(what, find)
-            if made:
-                return self.answered(what, made)
-        self.record["unanswered"][what] = time.time()
-        write_record(self.record)  # from here on a kill leaves a trace, and the next run looks before it sends
-        try:
-            made = patiently(send, safe_to_repeat=False)
-            if not made.id:
-                raise json.JSONDecodeError("an answer without an id", "", 0)
-        except Exception as error:
-            if surely_refused(error):
-                del self.record["unanswered"][what]
-                write_record(self.record)
-                raise
-            note(f"The answer to the request for the {words(what)} was lost; looking whether it was carried out.")
-            made = self.look_for(what, find, at_most=3.0)
-            if not made:
-                raise  # it may still appear: the next run looks again, and for long enough, before it sends
-        return self.answered(what, made)
-
-    def look_for(self, what: str, find, at_most: float = REQUEST_TIMEOUT):
-        """Return what an unanswered request made; None if it shows nothing while it may still be on its way."""
-        import openai
-
-        on_its_way = self.record["unanswered"][what] + float(self.client.timeout) - time.time()
-        seconds = min(max(on_its_way, 0.0), float(self.client.timeout), at_most)
-        if seconds > 3:
-            note(
-                f"An earlier run requested the {words(what)} and got no answer; looking for it, up to {seconds:.0f} s."
-            )
-        deadline = time.monotonic() + seconds
-        while True:
-            try:
-                made = patiently(find)
-            except openai.NotFoundError:
-                raise StepError(
-                    f"{self.server} does not list what it has, so it is not known whether the {words(what)} was "
-                    "accepted; look at the server's own pages, and if it was not, start anew with --force.",
-                    3,
-                ) from None
-            if made or time.monotonic() >= deadline:
-                return made
-            time.sleep(min(2.0, seconds / 4))
-
-    def answered(self, what: str, made):
-        """Write down what the request made."""
-        self.record["job_id" if what == "job" else what] = made.id
-        self.record["unanswered"].pop(what, None)
-        write_record(self.record)
-        return made
-
-    def begin_record(self, fields: dict) -> None:
-        """Start a new record; an upload of the same bytes to this server is taken over from an earlier one."""
-        old, now = self.record, int(time.time())
-        new: dict = {"job_id": None, **fields, **dict.fromkeys(ROLES), "unanswered": {}}
-        self.record = {**new, "token": uuid.uuid4().hex, "created_at": now}
-        for earlier, role in itertools.product([] if fields["forced"] else earlier_records(), ROLES):
-            if agree(earlier, {name: fields[name] for name in ("base_url", f"{role}_sha256")}):
-                self.record[role] = self.record[role] or earlier.get(role)
-                if role in earlier.get("unanswered", {}):
-                    self.record["unanswered"][role] = earlier["unanswered"][role]
-        set_aside(old)
-        write_record(self.record)
-
-    def take_up_earlier_record(self, wanted: dict) -> bool:
-        """Make the record of an earlier job the current one again if this run wants that job; tell whether."""
-        fitting = newest_fitting(earlier_records(), wanted)
-        if not fitting:
-            return False
-        set_aside(self.record)
-        self.record = fitting
-        write_record(self.record)
-        self.find_lost_job()
-        return True
-
-    # The files
-
-    def upload(self, role: str, content: bytes) -> None:
-        """Bring the file to the server, unless it has it already."""
-        path = Path(self.record[f"{role}_path"])
-        # With the content's hash in its name, a file of that name and size is the right one, whatever the clocks say.
-        name = f"{path.stem}-{self.record[f'{role}_sha256'][:12]}{path.suffix}"
-
-        def send():
-            return self.client.files.create(file=(name, content), purpose="fine-tune")
-
-        def find():
-            files = itertools.islice(self.client.files.list(purpose="fine-tune", limit=100), 1000)
-            fit = (file for file in files if file.status not in FILE_UNFIT)
-            return next((file for file in fit if (file.filename, file.bytes) == (name, len(content))), None)
-
-        if self.record[role] and self.file_on_server(role):
-            self.say("✓ The server has this file already: same bytes, so it is not sent again.")
+    hyperparameters: n_epochs, batch_size, learning_rate_multiplier. extra: merged into the request. max_cost: in USD.
+    dry_run: check and estimate only, and return "". force: a new upload and a new job in any case.
+    Raises StepError with the sentence for the reader.
+    """
+    hyperparameters = {name: value for name, value in hyperparameters.items() if value is not None}  # no "auto" is sent
+    if not all(value and 0 < value < math.inf for value in hyperparameters.values()):
+        raise StepError("--n-epochs, --batch-size and --learning-rate-multiplier must be numbers above 0.")
+    client = connect(REQUEST_TIMEOUT).with_options(max_retries=0)  # what may be sent twice is decided here
+    paths = {role: path for role, path in zip(ROLES, (training_file, validation_file), strict=True) if path}
+    contents = {role: read_file(path) for role, path in paths.items()}
+    wanted: dict = {  # two runs that agree in all of this want the same job
+        "model": model or os.environ.get("FINE_TUNE_MODEL") or DEFAULT_MODEL,
+        "suffix": suffix,
+        "seed": seed,
+        "hyperparameters": hyperparameters,
+        "extra": extra or {},
+        "validation_file_sha256": None,
+        **{f"{role}_sha256": hashlib.sha256(content).hexdigest() for role, content in contents.items()},
+    }
+    with server_errors_explained(client):
+        records = [] if dry_run else records_on(client)
+        unfinished = {begun["token"] for begun in records if not begun["job_id"]}
+        for begun in records:
+            settle(client, begun, force)
+        record = next((begun for begun in records if fits(begun, wanted, force, unfinished)), None)
+        job = living_job(client, record["job_id"]) if record else None
+        if record and job:
+            write_record(record)
+            say("This job exists already: same bytes, options and server. (--force starts a new one.)")
         else:
-            self.send_once(role, send, find)
-            self.say("✓ File uploaded successfully!")
-        self.say(f"  {'File ID' if role == 'training_file' else 'Validation file ID'}: {self.record[role]}")
+            found = check_before_spending(client, wanted, paths, max_cost)
+            warn_of_shutdown(client, wanted["model"])
+            if dry_run:
+                say("Dry run: nothing was sent.")
+                return ""
+            if not record or record["job_id"]:
+                record = new_record(client, {**wanted, **found, "forced": force}, paths, records)
+            job = create_job(client, record, contents)
+    say(f"\nJob ID: {job.id}\nModel: {job.model or wanted['model']}\nStatus: {job.status}")
+    return job.id
 
-    def file_on_server(self, role: str):
-        """Return the recorded file as the server has it, None if it has it no more."""
-        import openai
 
+def create_job(client, record: dict, contents: dict):
+    """Bring the files to the server, create the job that the record describes, and return it."""
+    write_record(record)
+    say(f"[1/3] Uploading training file: {record['training_file_path']}")
+    for role in contents:
+        upload(client, record, role, contents[role])
+    say("\n[2/3] Waiting for file to be processed...")
+    for role in contents:
+        wait_for_file(client, record, role)
+    say("✓ File processed successfully!\n\n[3/3] Creating fine-tuning job...")
+    job = request_job(client, record)
+    say("✓ Fine-tuning job created successfully!")
+    return job
+
+
+class FineTuner:
+    """Steps 2 and 3 in one object, for other code."""
+
+    create_job = staticmethod(start_fine_tuning)
+
+    @staticmethod
+    def monitor_progress(job_id: str | None = None) -> str:
+        """Follow the job (default: the one created last) to its end and return the fine-tuned model."""
+        from check_fine_tune_status import wait_for_training
+
+        return wait_for_training(job_id)
+
+
+# Exactly once: an upload and the creation of a job both go through here.
+
+
+def exactly_once(client, record: dict, what: str, send):
+    """Send a request that must not be carried out twice, and return what it made; `what`: "job_id" or one of ROLES.
+
+    The record is on disk before the request is sent. So wherever the process is killed, what was sent stands there
+    under "unanswered", and the next run looks for it on the server (settle) before it sends anything.
+    """
+
+    def attempt():
+        record["unanswered"][what] = time.time()
+        write_record(record)
+        return send()
+
+    try:
+        made = patiently(attempt, repeat_when_lost=False)
+        if not made.id:
+            raise json.JSONDecodeError("an answer without an id", "", 0)
+    except Exception as error:
+        status = getattr(error, "status_code", 500)
+        if status < 500 and status != 408:  # refused, and so not carried out
+            answered(record, what, None)
+            raise
+        note(f"The answer with the {what} was lost; looking whether the request was carried out.")
+        made = find(client, record, what)
+        if not made:
+            raise  # it may still appear: the next run waits until it cannot any more
+    return answered(record, what, made)
+
+
+def answered(record: dict, what: str, made):
+    record[what] = made and made.id
+    del record["unanswered"][what]
+    write_record(record)
+    return made
+
+
+def settle(client, record: dict, force: bool) -> None:
+    """Learn what has become of the requests that an earlier run sent without reading the answer."""
+    for what, sent in list(record["unanswered"].items()):
+        note(f"An earlier run requested a {what} and did not read the answer; looking for it on the server.")
         try:
-            return patiently(lambda: self.client.files.retrieve(self.record[role]))
-        except openai.NotFoundError:
-            return None
+            made = find(client, record, what)
+            seconds = min(sent - time.time(), 0) + float(client.timeout)
+            if not made and seconds > 0:
+                note(f"It is not there; it may still come for {seconds:.0f} s, waiting.")
+                time.sleep(seconds)
+                made = find(client, record, what)
+        except StepError:  # it cannot be looked up, which --force knows
+            if not force:
+                raise
+            made = None
+        if answered(record, what, made):
+            note(f"The request was carried out: {made.id}")
 
-    def wait_for_file(self, role: str) -> None:
-        """Wait until the server has looked through the file; StepError if it found it unfit."""
-        deadline, pause = time.monotonic() + FILE_WAIT, 0.2
-        while True:
-            file = self.file_on_server(role)
-            status = str(getattr(file, "status", None) or "processed").lower()  # not every server has a status
-            if status in FILE_UNFIT:
-                details = getattr(file, "status_details", None) or "it gives no details"
-                raise StepError(
-                    f"The server found {self.record[f'{role}_path']} unfit ({self.record[role]}): {details}.", 1
-                )
-            if status not in FILE_IN_WORK:
-                return
-            if time.monotonic() > deadline:
-                return note(f"After {FILE_WAIT:.0f} s the server still calls the file {status!r}; going on.")
-            time.sleep(pause)
-            pause = min(pause * 1.5, 5.0)
 
-    # The job
+def find(client, record: dict, what: str):
+    """Return what an unanswered request has made on the server, None if nothing of the kind is there."""
+    import openai
 
-    def create(self):
-        """Create the job that the record describes, and return it."""
-        import openai
+    try:
+        if what == "job_id":
+            return patiently(lambda: find_job(client, record))
+        return next((file for file in list_files(client) if file.filename == record[f"{what}_name"]), None)
+    except openai.APIStatusError as error:
+        if error.status_code not in MISSING:
+            raise
+        raise StepError(
+            f"{record['base_url']} lists no {'jobs' if what == 'job_id' else 'files'}, and an answer was lost: "
+            "look there yourself whether the request was carried out; to start anew: --force."
+        ) from None
 
-        record = self.record
-        # OpenAI calls the top-level `hyperparameters` deprecated, but it is what every other server reads.
-        names = ("suffix", "seed", "hyperparameters", "validation_file")
-        asked = {name: record[name] for name in names if record[name] not in (None, {})}
-        request = {**asked, "metadata": {TOKEN: record["token"]}}
-        for name, value in record["extra"].items():
-            request[name] = {**request[name], **value} if isinstance(request.get(name), dict) else value
 
-        def send():
-            file = record["training_file"]
-            try:
-                return self.client.fine_tuning.jobs.create(
-                    model=record["model"], training_file=file, extra_body=request
-                )
-            except (openai.BadRequestError, openai.UnprocessableEntityError) as error:
-                if "metadata" not in request or "metadata" not in str(error.body):
-                    raise
-                del request["metadata"]  # a server without metadata; find_job then goes by file, model and time
-                return send()
+def list_files(client) -> list:
+    return patiently(lambda: list(itertools.islice(client.files.list(purpose="fine-tune", limit=100), 1000)))
 
+
+def patiently(request, repeat_when_lost: bool = True):
+    """Return what the request returns; wait, visibly, when the server asks to, and repeat what is safe to repeat.
+
+    A request refused with 429 was not carried out and may be sent again; one whose answer was lost only if it reads.
+    """
+    import openai
+
+    for attempt in range(RETRIES + 1):
+        pause = 0.5 * 2**attempt
         try:
-            return self.send_once("job", send, self.find_job)
-        except openai.PermissionDeniedError as error:
-            if error.code != "training_not_available":
+            return request()
+        except openai.RateLimitError as error:
+            told = error.response.headers.get("retry-after", "")
+            pause = float(told) if told.isdigit() else pause
+            if out_of_credit(error) or attempt == RETRIES or pause > RATE_LIMIT_WAIT:
                 raise
-            self.delete_orphans()
-            raise StepError(
-                f"{self.server} creates no fine-tuning jobs for your organisation any more: OpenAI has been closing "
-                "self-serve fine-tuning since 2026-05-07. Models you have fine-tuned answer until their base model "
-                "stops. To go on, copy .env.example to .env (the local API), or point OPENAI_BASE_URL at another "
-                "server that fine-tunes."
-            ) from None
-        except openai.NotFoundError as error:
-            if "model" not in f"{error.code} {error.message}":
+            note(f"The server asks to slow down; waiting {pause:.0f} s.")
+        except (openai.APIConnectionError, openai.InternalServerError) as error:
+            if not repeat_when_lost or attempt == RETRIES or getattr(error, "status_code", 500) in MISSING:
                 raise
-            sentence = f"{self.server} has no model {record['model']!r} to fine-tune; set --model or FINE_TUNE_MODEL."
-            raise StepError(sentence) from None
+        time.sleep(pause)
 
-    def find_job(self):
-        """Return the job with the record's token or, where the server keeps no metadata, the one that must be it."""
-        record, sent = self.record, self.record["unanswered"]["job"]
-        jobs = list(itertools.islice(self.client.fine_tuning.jobs.list(limit=100), 1000))
-        for job in jobs:
-            if (job.metadata or {}).get(TOKEN) == record["token"]:
-                return job
-        others = {earlier.get("job_id") for earlier in earlier_records()}
-        for job in jobs:
-            untold = TOKEN not in (job.metadata or {}) and job.id not in others
-            # An alias such as gpt-4.1-mini comes back as its dated snapshot, hence startswith.
-            fits = job.training_file == record["training_file"] and (job.model or "").startswith(record["model"])
-            if untold and fits and (job.created_at or sent) > sent - CLOCK_SKEW:
-                return job
+
+def unless_gone(request):
+    """Return what the request returns, None if the server answers that there is no such thing."""
+    import openai
+
+    try:
+        return patiently(request)
+    except openai.APIStatusError as error:
+        if error.status_code not in MISSING:
+            raise
         return None
 
-    def find_lost_job(self) -> None:
-        """Learn the id of a job that an earlier run requested without reading the answer."""
-        if same_server(self.record.get("base_url"), self.server) and "job" in self.record.get("unanswered", {}):
-            job = self.look_for("job", self.find_job)
-            if job:
-                note(f"The run before this one did create its job: {job.id}")
-                self.answered("job", job)
-            else:
-                del self.record["unanswered"]["job"]
-                write_record(self.record)
 
-    def living_job(self):
-        """Return the recorded job as the server has it, None if it failed, was cancelled or is not there."""
-        import openai
+# The files
 
-        job_id = self.record["job_id"]
-        if not job_id:
-            return None
+
+def upload(client, record: dict, role: str, content: bytes) -> None:
+    """Bring the file to the server, unless it has it already."""
+    if record[role] and on_server(client, record[role]):
+        say("✓ The server has this file already: same bytes, so it is not sent again.")
+    else:
+        file = (record[f"{role}_name"], content)
+        exactly_once(client, record, role, lambda: client.files.create(file=file, purpose="fine-tune"))
+        say("✓ File uploaded successfully!")
+    say(f"  {'File ID' if role == 'training_file' else 'Validation file ID'}: {record[role]}")
+
+
+def on_server(client, file_id: str) -> bool:
+    """Tell whether the server has the file: some list what they do not let retrieve."""
+    files = unless_gone(lambda: [client.files.retrieve(file_id)]) or unless_gone(lambda: list_files(client)) or []
+    return any(file.id == file_id for file in files)
+
+
+def wait_for_file(client, record: dict, role: str) -> None:
+    """Wait until the server has looked through the file; StepError if it found it unfit."""
+    deadline = time.monotonic() + FILE_WAIT
+    while True:
+        file = unless_gone(lambda: client.files.retrieve(record[role]))
+        status = str(getattr(file, "status", None) or "processed").lower()  # not every server has a status
+        if status in FILE_UNFIT:
+            details = clean(file.status_details or "it gives no details").rstrip(".")
+            raise StepError(f"The server found {record[f'{role}_path']} unfit ({record[role]}): {details}.", 1)
+        if status not in FILE_IN_WORK:
+            return
+        if time.monotonic() > deadline:
+            return note(f"After {FILE_WAIT:.0f} s the server still calls the file {status!r}; going on.")
+        time.sleep(1.0)
+
+
+# The job
+
+
+def request_job(client, record: dict):
+    import openai
+
+    # OpenAI calls the top-level `hyperparameters` deprecated, but it is what every other server reads.
+    names = ("suffix", "seed", "hyperparameters", "validation_file")
+    request = {name: record[name] for name in names if record[name] not in (None, {})}
+    request["metadata"] = {TOKEN: record["token"]}
+    for name, value in record["extra"].items():
+        request[name] = {**request[name], **value} if isinstance(request.get(name), dict) else value
+
+    def send():
+        model, file = record["model"], record["training_file"]
         try:
-            job = patiently(lambda: self.client.fine_tuning.jobs.retrieve(job_id))
-        except openai.NotFoundError:
-            return note(f"The server has no job {job_id} any more: creating a new one.")
-        if str(job.status).lower() in JOB_DEAD:
-            return note(f"Job {job_id} ended as {job.status}: creating a new one.")
-        if deleted(self.client, job.fine_tuned_model):  # a new job is not begun on this sign: it may cost money
-            note(f"Its model {job.fine_tuned_model} was deleted: python fine_tune.py --force trains a new one.")
+            return client.fine_tuning.jobs.create(model=model, training_file=file, extra_body=request)
+        except (openai.BadRequestError, openai.UnprocessableEntityError) as error:
+            if "metadata" not in request or "metadata" not in str(error.body):
+                raise
+            del request["metadata"]  # a server without metadata; find_job then goes by file, model and time
+            return send()
+
+    try:
+        return exactly_once(client, record, "job_id", send)
+    except openai.PermissionDeniedError as error:
+        if error.code != "training_not_available":
+            raise
+        in_use = {other[role] for other in records_on(client) if other["job_id"] for role in ROLES}
+        for orphan in {record[role] for role in ROLES} - in_use - {None}:
+            unless_gone(lambda orphan=orphan: client.files.delete(orphan))
+            note(f"The uploaded file {orphan} was deleted from the server again.")
+        raise StepError(
+            f"{record['base_url']} creates no fine-tuning jobs for your organisation any more: OpenAI has been closing "
+            "self-serve fine-tuning since 2026-05-07. Models you have fine-tuned answer until their base model stops. "
+            "To go on, copy .env.example to .env (the local API), or set OPENAI_BASE_URL to another server."
+        ) from None
+
+
+def find_job(client, record: dict):
+    """Return the job with the record's token or, where the server keeps no metadata, the one that must be it."""
+    jobs = list(itertools.islice(client.fine_tuning.jobs.list(limit=100), 1000))
+    tokens = {(job.metadata or {}).get(TOKEN): job for job in jobs}
+    others = {other["job_id"] for other in records_on(client)}
+    earliest = record["unanswered"]["job_id"] - CLOCK_SKEW
+
+    def must_be_it(job) -> bool:
+        # An alias such as gpt-4.1-mini comes back as its dated snapshot, hence startswith.
+        same = job.training_file == record["training_file"] and (job.model or "").startswith(record["model"])
+        told = TOKEN in (job.metadata or {}) or job.id in others
+        too_old = isinstance(job.created_at, (int, float)) and 0 < job.created_at < earliest
+        return same and not told and not too_old
+
+    return tokens.get(record["token"]) or next(filter(must_be_it, jobs), None)
+
+
+def living_job(client, job_id: str | None):
+    """Return the job; None if there is none, or if it failed or was cancelled, so that a new one is due."""
+    job = job_id and unless_gone(lambda: client.fine_tuning.jobs.retrieve(job_id))
+    if job and str(job.status).lower().replace(" ", "_") not in JOB_DEAD:
         return job
-
-    def delete_orphans(self) -> None:
-        """Delete this record's files from the server, but for those that an earlier job was created with."""
-        import openai
-
-        in_use = {record.get(role) for record in earlier_records() if record.get("job_id") for role in ROLES}
-        for role in ROLES:
-            file_id = self.record[role]
-            if file_id and file_id not in in_use:
-                with suppress(openai.NotFoundError):
-                    patiently(lambda file_id=file_id: self.client.files.delete(file_id))
-                note(f"The uploaded file {file_id} was deleted from the server again.")
-                self.record[role] = None
-                write_record(self.record)
-
-    def report(self, job) -> str:
-        self.say(f"\nJob ID: {job.id}\nModel: {job.model or self.record['model']}\nStatus: {job.status}")
-        return job.id
-
-
-def start_fine_tuning(
-    training_file: str = TRAINING_FILE, model: str | None = None, suffix: str | None = None, **options
-) -> str:
-    """Create the job, or find it if it exists, and return its id, in silence. Options: see FineTuner.create_job."""
-    return FineTuner(say=lambda line: None).create_job(training_file, model=model, suffix=suffix, **options)
+    if job_id:
+        note(f"Job {job_id} {f'is {job.status}' if job else 'is not on the server any more'}: creating a new one.")
 
 
 # Before spending
 
 
-def check_before_spending(client, model: str, paths: dict, hyperparameters: dict, max_cost: float) -> dict:
-    """Judge the files, estimate the cost and look at the model's last day; return what the record keeps of it.
+def check_before_spending(client, wanted: dict, paths: dict, max_cost: float) -> dict:
+    """Return the system prompt that all rows share and the estimated cost in USD, None where there is none.
 
-    Returns {"system_prompt": what all rows share, "estimated_tokens": over all epochs, "estimated_cost": USD}, None
-    where not known. Raises StepError if the data is unfit (exit code 1) or the estimate is above max_cost (2).
+    Raises StepError if the data is unfit (exit code 1) or the estimate is above max_cost (2).
     """
-    found: dict = {"system_prompt": None, "estimated_tokens": None, "estimated_cost": None}
     try:
         import prepare_training_data as step_1
     except ModuleNotFoundError:
-        note("Data:  not checked, no cost estimated: prepare_training_data.py is not beside this script.")
-        found["system_prompt"] = shared_system_prompt(read_file(paths["training_file"]))
-    else:
-        try:
-            report = step_1.check_training_file(paths["training_file"], model, paths.get("validation_file"))
-        except step_1.StepError as error:
-            raise StepError(str(error), error.exit_code) from None
-        if report.errors:
-            for problem in report.problems:
-                note(str(problem))
-            raise StepError(f"Errors in the data: {report.errors}. Nothing was sent; correct them and run again.", 1)
-        epochs = hyperparameters.get("n_epochs", report.epochs)
-        cost = report.cost(epochs)
-        found = {
-            "system_prompt": report.system_prompt,
-            "estimated_tokens": report.tokens * epochs,
-            "estimated_cost": cost,
-        }
-        counts = f"{report.examples} examples, {report.tokens:,} tokens ({report.counted})"
-        check = f" (see: python prepare_training_data.py --check {paths['training_file']})" if report.warnings else ""
-        note(f"Data:  {counts}, warnings: {report.warnings}{check}")
-        price = "no price known for this model" if cost is None else f"about ${cost:.2f}"
-        price = "free (local API)" if report.price == 0 else price
-        note(f"Cost:  {price}, for {epochs} epoch{'s' * (epochs != 1)}")
-        if cost and cost > max_cost:
-            raise StepError(
-                f"The estimate of ${cost:.2f} is above --max-cost {max_cost:.2f}; nothing was sent. "
-                "Train fewer epochs or examples, or raise --max-cost."
-            )
-    warn_of_shutdown(client, model.split(":")[1] if model.startswith("ft:") else model)
-    return found
+        note("Data:  not checked, no cost estimated, no system prompt recorded: prepare_training_data.py is not here.")
+        return {"system_prompt": None, "estimated_cost": None}
+    try:
+        data = step_1.check_training_file(paths["training_file"], wanted["model"], paths.get("validation_file"))
+    except step_1.StepError as error:
+        raise StepError(str(error), error.exit_code) from None
+    if data.errors:
+        for problem in data.problems:
+            note(str(problem))
+        raise StepError(f"Errors in the data: {data.errors}. Nothing was sent; correct them and run again.", 1)
+    epochs = wanted["hyperparameters"].get("n_epochs", data.epochs)
+    cost = data.cost(epochs)
+    check = f" (see: python prepare_training_data.py --check {paths['training_file']})" if data.warnings else ""
+    counts = f"{data.examples} examples, {data.tokens:,} tokens ({data.counted})"
+    price = "no price known for this model" if cost is None else f"about ${cost:.2f}"
+    price = "free (local API)" if data.price == 0 else price
+    note(f"Data:  {counts}, warnings: {data.warnings}{check}")
+    note(f"Cost:  {price}, for {epochs} epoch{'s' * (epochs != 1)}")
+    if cost is not None and not cost <= max_cost:
+        raise StepError(
+            f"The estimate of ${cost:.2f} is above --max-cost {max_cost:.2f}; nothing was sent. "
+            "Train fewer epochs or examples, or raise --max-cost."
+        )
+    return {"system_prompt": data.system_prompt, "estimated_cost": cost}
 
 
 def warn_of_shutdown(client, model: str) -> None:
     """Say when the base model stops, where the server tells (`shutdown_date` of GET /models/{model})."""
     import openai
 
+    base_model = model.split(":")[1] if model.startswith("ft:") else model
     try:
-        shutdown = patiently(lambda: client.models.retrieve(model)).shutdown_date
-        days = (date.fromisoformat(shutdown) - date.today()).days
-    except (openai.NotFoundError, openai.PermissionDeniedError, openai.BadRequestError, TypeError, ValueError):
+        last_day = date.fromisoformat(patiently(lambda: client.models.retrieve(base_model)).shutdown_date)
+    except (openai.APIStatusError, TypeError, ValueError):
         return  # no date, or no such request: not every server lists what it can fine-tune
-    if days >= 0:
-        note(f"Model: this base model stops on {shutdown}, in {days} days: so will your fine-tuned model.")
-    else:
-        note(f"Model: this base model stopped on {shutdown}.")
+    days = (last_day - date.today()).days
+    note(f"Model: this base model stops on {last_day}, in {days} days: so will your fine-tuned model.")
 
 
 def read_file(path: str) -> bytes:
@@ -626,133 +546,85 @@ def read_file(path: str) -> bytes:
         raise StepError(f"Cannot read {path}: {error.strerror}{cure}.") from None
 
 
-def shared_system_prompt(content: bytes) -> str | None:
-    """Return the system message that every row starts with, None if they differ or have none."""
-    try:
-        first = [json.loads(line)["messages"][0] for line in content.splitlines() if line.strip()]
-        prompts = {message["content"] if message["role"] == "system" else None for message in first}
-    except (ValueError, KeyError, IndexError, TypeError):
-        return None  # the file was not checked here; the server says what is wrong with it
-    return prompts.pop() if len(prompts) == 1 else None
+# The record: what was asked, what was sent, what came of it
 
 
-# The record
+def new_record(client, fields: dict, paths: dict, records: list[dict]) -> dict:
+    """Return the record of a job to be created; an upload of the same bytes is taken over from an earlier record."""
+    token = time.strftime("%Y-%m-%d-%H%M%S-") + uuid.uuid4().hex[:12]
+    record = {"job_id": None, **dict.fromkeys(ROLES), "base_url": str(client.base_url).rstrip("/"), **fields}
+    for role, path in paths.items():
+        digest = record[f"{role}_sha256"]
+        same = (old[role] for old in records if old[f"{role}_sha256"] == digest and old[role])
+        record[role] = None if record["forced"] else next(same, None)
+        record[f"{role}_path"] = path
+        # With its hash in its name, a file of that name is the right one, whatever the clocks say.
+        name = f"{Path(path).stem}-{digest[:12]}{Path(path).suffix}"
+        record[f"{role}_name"] = re.sub(r"[^A-Za-z0-9._-]", "_", name)  # what no server writes in another way
+    return {**record, "token": token, "unanswered": {}}
+
+
+def fits(record: dict, wanted: dict, force: bool, unfinished: set[str]) -> bool:
+    """Tell whether the record is of the job that is wanted: with --force, of one that this run found unfinished."""
+    same = all(record[name] == value for name, value in wanted.items())
+    begun = record["token"] in unfinished and force == record["forced"]
+    return same and (begun or bool(record["job_id"] and not force))
+
+
+def records_on(client) -> list[dict]:
+    """Return the records of all jobs begun here on this server: the current one, then the newest."""
+    current = read_job_record(RECORD)
+    old = [read_job_record(str(path)) for path in sorted(OLD_RECORDS.glob("*.json"), reverse=True)]
+    records = [current, *(record for record in old if record.get("token") != current.get("token"))]
+    whole = [record for record in records if record.keys() >= RECORD_KEYS]  # others are not from this script
+    return [record for record in whole if same_server(record["base_url"], str(client.base_url))]
 
 
 def write_record(record: dict) -> None:
-    """Replace fine_tune_job.json in one step: whoever reads it sees the old record or the new one, whole."""
+    """Replace fine_tune_job.json in one step; another job's record that stands there moves to fine_tune_jobs/."""
     try:
         with open(RECORD + ".tmp", "w", encoding="utf-8") as file:
-            json.dump(record, file, indent=2, ensure_ascii=False)
+            json.dump(record, file, indent=2)
             file.flush()
             os.fsync(file.fileno())
+        there = read_job_record(RECORD)
+        if there and there.get("token") != record["token"]:
+            OLD_RECORDS.mkdir(exist_ok=True)
+            os.replace(RECORD, OLD_RECORDS / f"{there.get('token') or there.get('job_id') or uuid.uuid4().hex}.json")
         os.replace(RECORD + ".tmp", RECORD)
     except OSError as error:
-        raise StepError(f"Cannot write {RECORD} ({error.strerror}); nothing is sent without it.") from None
+        raise StepError(f"Cannot write {RECORD} ({error}): mend that, and run the same command again.") from None
 
 
-def set_aside(record: dict) -> None:
-    """Keep the record of a job that exists or may exist, or of an upload, when another takes its place."""
-    if record.get("job_id") or record.get("training_file") or "job" in record.get("unanswered", {}):
-        OLD_RECORDS.mkdir(exist_ok=True)
-        with suppress(FileNotFoundError):  # it is there already: the disk was full when another should take its place
-            os.replace(RECORD, OLD_RECORDS / f"{record['job_id'] or 'unknown-' + record['token']}.json")
-
-
-def agree(record: dict, wanted: dict) -> bool:
-    return all(
-        same_server(record.get(name), value) if name == "base_url" else record.get(name) == value
-        for name, value in wanted.items()
-    )
-
-
-def newest_fitting(records: list[dict], wanted: dict) -> dict:
-    """Return the newest of the records that agree with what is wanted, one with a job before one without, or {}."""
-    fitting = [record for record in records if agree(record, wanted)]
-    return max(fitting, key=lambda record: (record["created_at"], bool(record["job_id"])), default={})
-
-
-def earlier_records() -> list[dict]:
-    """Return the records of all jobs created from this folder."""
-    records = (read_job_record(str(path)) for path in [RECORD, *sorted(OLD_RECORDS.glob("*.json"))])
-    return [record for record in records if record]
-
-
-# Requests
-
-
-def patiently(call, safe_to_repeat: bool = True):
-    """Return what the call returns; wait, visibly, when the server asks to, and repeat what is safe to repeat.
-
-    A request refused with 429 was not carried out and may be sent again; one whose answer was lost only if it reads.
-    """
-    import openai
-
-    for attempt in itertools.count(1):
-        pause = min(2.0**attempt / 4, 8.0)
-        try:
-            return call()
-        except openai.RateLimitError as error:
-            if out_of_credit(error) or attempt > RETRIES:
-                raise
-            told = error.response.headers.get("retry-after", "")
-            pause = float(told) if told.isdigit() else pause
-            if pause > LONGEST_WAIT:
-                sentence = f"The server asks to wait {pause:.0f} s (rate limit); run the same command again then."
-                raise StepError(sentence, 4) from None
-            note(f"The server asks to slow down; waiting {pause:.0f} s.")
-        except (openai.APIConnectionError, openai.InternalServerError):
-            if not safe_to_repeat or attempt > RETRIES:
-                raise
-        time.sleep(pause)
-
-
-def surely_refused(error: Exception) -> bool:
-    """True if the request that ended in this error cannot have been carried out."""
-    import openai
-
-    if isinstance(error, openai.APIStatusError):
-        return error.status_code < 500 and error.status_code != 408
-    return isinstance(error, StepError) or type(error.__cause__).__name__ in ("ConnectError", "ConnectTimeout")
-
-
-def words(name: str) -> str:
-    return name.replace("_", " ")
+def say(line: str) -> None:
+    write_line(line, sys.stdout)
 
 
 def note(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
+    write_line(line, sys.stderr)
+
+
+def write_line(line: str, stream) -> None:
+    try:
+        print(line, file=stream, flush=True)
+    except OSError:  # the reader has gone, as in `| head -1`, or the disk is full: no reason to stop half-way
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 # The command line
 
 
-def positive_integer(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise ValueError
-    return value
-
-
-def positive_number(text: str) -> float:
-    value = float(text)
-    if not 0 < value < math.inf:
-        raise ValueError
-    return value
-
-
-def amount(text: str) -> float:
-    value = float(text)
-    if not value >= 0:  # NaN is not
-        raise ValueError
-    return value
-
-
 def json_object(text: str) -> dict:
-    value = json.loads(text, parse_constant=int)  # int refuses NaN and Infinity, which JSON does not have
-    if not isinstance(value, dict):
+    value = json.loads(text)
+    json.dumps(value, ensure_ascii=False, allow_nan=False).encode()  # no NaN, no 1e999, no half of a character
+    if not isinstance(value, dict) or not isinstance(value.get("metadata", {}), dict):
         raise ValueError
     return value
+
+
+def unicode_text(text: str) -> str:
+    text.encode()  # refuses half of a character, which no request and no record can hold
+    return text
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -761,52 +633,48 @@ def build_parser() -> argparse.ArgumentParser:
         epilog="Run the same command again at any time: it never makes a second job.",
     )
     add = parser.add_argument
-    add("training_file", nargs="?", default=TRAINING_FILE, help="chat JSONL (default: %(default)s)")
-    add("--validation-file", metavar="FILE", help="chat JSONL that is not trained on; gives the validation loss")
-    add("--model", help=f"base model (default: FINE_TUNE_MODEL, else {DEFAULT_MODEL})")
-    add("--suffix", help="becomes part of the fine-tuned model's name")
-    add("--n-epochs", type=positive_integer, metavar="N", help="passes over the data (default: the server chooses)")
-    add("--batch-size", type=positive_integer, metavar="N", help="examples per step (default: the server chooses)")
-    add("--learning-rate-multiplier", type=positive_number, metavar="X", help="default: the server chooses")
+    add("training_file", nargs="?", type=unicode_text, default=TRAINING_FILE, help="chat JSONL (default: %(default)s)")
+    add(
+        "--validation-file",
+        type=unicode_text,
+        metavar="FILE",
+        help="chat JSONL that is not trained on; gives the validation loss",
+    )
+    add("--model", type=unicode_text, help=f"base model (default: FINE_TUNE_MODEL, else {DEFAULT_MODEL})")
+    add("--suffix", type=unicode_text, help="becomes part of the fine-tuned model's name")
+    add("--n-epochs", type=int, metavar="N", help="passes over the data (default: the server chooses)")
+    add("--batch-size", type=int, metavar="N", help="examples per step (default: the server chooses)")
+    add("--learning-rate-multiplier", type=float, metavar="X", help="default: the server chooses")
     add("--seed", type=int, help="makes a run repeatable")
     add("--extra", type=json_object, metavar="JSON", help="an object merged into the request, for what a server needs")
-    add("--max-cost", type=amount, default=MAX_COST, metavar="USD", help="stop above this (default: %(default).2f)")
+    add("--max-cost", type=float, default=MAX_COST, metavar="USD", help="stop above this (default: %(default).2f)")
     add("--dry-run", action="store_true", help="check the data, the cost and the model; send nothing")
     add("--force", action="store_true", help="a new upload and a new job in any case")
     add("--quiet", action="store_true", help="print the job id alone")
     return parser
 
 
-def run(args: argparse.Namespace) -> int:
-    options = vars(args).copy()
-    quiet = options.pop("quiet")
-    hyperparameters = {name: options.pop(name) for name in ("n_epochs", "batch_size", "learning_rate_multiplier")}
-    asked = {name: value for name, value in hyperparameters.items() if value is not None}  # "auto" is not sent
-    tuner = FineTuner(say=lambda line: None if quiet else print(line, flush=True))
-    job_id = tuner.create_job(**options, hyperparameters=asked)
-    if quiet and job_id:
-        print(job_id)
-    elif job_id:
-        print("\nNext: python check_fine_tune_status.py --wait")
-    return 0
-
-
 def main(argv: list[str] | None = None) -> int:
+    options = vars(build_parser().parse_args(argv))
+    quiet = options.pop("quiet")
     for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="replace")  # a terminal without ✓ is no reason to lose a job id
-    args = build_parser().parse_args(argv)
+        if isinstance(stream, io.TextIOWrapper):  # a terminal without ✓ is no reason to lose a job id
+            stream.reconfigure(errors="replace", line_buffering=True)
     try:
-        return run(args)
+        with redirect_stdout(None if quiet else sys.stdout):
+            job_id = start_fine_tuning(**options)
     except StepError as error:
         note(str(error))
         return error.exit_code
+    except ModuleNotFoundError as error:
+        note(f"{error.name} is missing: activate the virtual environment or python -m pip install -r requirements.txt")
+        return 2
     except KeyboardInterrupt:
         note("\nInterrupted. Run the same command again: it goes on from where it was.")
         return 130
-    except BrokenPipeError:  # the reader of our output has gone, as in `| head -1`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
+    if job_id:
+        say(job_id if quiet else "\nNext: python check_fine_tune_status.py --wait")
+    return 0
 
 
 if __name__ == "__main__":

@@ -21,10 +21,10 @@ trained on; 2 usage, a file that is missing or not UTF-8; 130 interrupted.
 """
 
 import argparse
-import codecs
 import csv
 import filecmp
 import hashlib
+import io
 import itertools
 import json
 import math
@@ -33,16 +33,14 @@ import re
 import shlex
 import shutil
 import sys
-import tempfile
 import threading
 import unicodedata
-from bisect import bisect_left
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TextIO
 from urllib.parse import urlsplit
 
 # The model learns to answer under this message; it has to be asked under the same one (step 4 sees to it).
@@ -66,43 +64,40 @@ PRICES = {
 # https://developers.openai.com/api/docs/guides/supervised-fine-tuning, and fine-tuning-best-practices
 MIN_EXAMPLES, ADVISED_EXAMPLES, MAX_FILE_BYTES = 10, 50, 512 * 1024 * 1024
 TOKEN_LIMIT = 65_536  # of one example
-TOKEN_LIMITS = {"smollm2-135m-instruct": 8_192}  # models with a smaller context
+LOCAL_MODELS = {"smollm2-135m-instruct": 8_192}  # base models of the local API, with their own token limits
 SHORT_ANSWER = 50  # characters
+END_OF_TEXT = "<|endoftext|>"
 MAX_BLANKS = 100_000  # in a row: tiktoken panics at about a million (openai/tiktoken issue 15)
 
 # What the chat format adds to the texts: openai/openai-cookbook, How_to_count_tokens_with_tiktoken.ipynb.
 MESSAGE_TOKENS, NAME_TOKENS, PRIMING_TOKENS = 3 + 1, 1, 3  # a message's 3 and its role, one token in every encoding
 IMAGE_TOKENS = 85  # at low detail; at high detail it depends on the image, which is not looked at
-DOWNLOAD_SECONDS = 10  # for a vocabulary: tiktoken itself would wait for ever
-BLOCK_BYTES = 100_000  # that a thread counts at a time: enough that threads seldom wait for each other
-CHUNK_BYTES = 1 << 16
+LOADING_SECONDS = 20  # for a vocabulary: tiktoken itself would wait for a download for ever
+BLOCK_ROWS = 50  # that a thread judges at a time, some 200 messages: enough that threads seldom wait for each other
+CHUNK_CHARS = 1 << 16  # of a JSON array that are read at a time
 
-JSON_SPACE = " \t\n\r"
 JSON_ENCODER = json.JSONEncoder(ensure_ascii=False, allow_nan=False)
-END_OF_TEXT = "<|endoftext|>"
+JSON_SPACE = re.compile(r"[ \t\r\n]*")
 # The API rejects all of these; o200k_base alone would let the fim and im tokens pass.
 CONTROL_TOKEN = re.compile(
     r"<\|(?:(?:start|end)of(?:text|prompt)|fim_(?:prefix|middle|suffix)|im_(?:start|end|sep))\|>"
 )
-BLANK_RUN = re.compile(rf"\s{{{MAX_BLANKS}}}")
-SECRETS = (  # what it is, how it begins, how it goes on
-    ("a private key", r"-----", r"BEGIN (?:[A-Z0-9]+ )*PRIVATE KEY[\s\S]*"),
-    ("an API key", r"(?<![A-Za-z0-9])sk-", r"(?=[A-Za-z_-]*\d)[A-Za-z0-9_-]{20,}"),
-    ("an AWS access key", r"A", r"[KS]IA[A-Z0-9]{16}"),
-    ("a GitHub token", r"gh[pousr]_", r"[A-Za-z0-9]{36,}"),
-    ("a GitHub token", r"github_pat_", r"[A-Za-z0-9_]{22,}"),
-    ("a GitLab token", r"glpat-", r"[A-Za-z0-9_-]{20,}"),
-    ("a Google API key", r"A", r"Iza[A-Za-z0-9_-]{35}"),
-    ("a Hugging Face token", r"hf_", r"[A-Za-z0-9]{30,}"),
-    ("a Slack token", r"xox[abeprs]-", r"[A-Za-z0-9-]{10,}"),
-    ("a Stripe key", r"[rs]k_", r"(?:live|test)_[A-Za-z0-9]{16,}"),
-    ("an npm token", r"npm_", r"[A-Za-z0-9]{36}"),
-    ("a PyPI token", r"pypi-", r"[A-Za-z0-9_-]{50,}"),
-    ("a JSON Web Token", r"eyJ", r"[A-Za-z0-9_-]{8,}\.eyJ[A-Za-z0-9_-]{8,}\.[A-Za-z0-9_-]{8,}"),
+SECRETS = (  # what it is, a text that each has (looked for first: that is ten times faster), the pattern
+    ("a private key", "-----BEGIN", r"-----BEGIN (?:[A-Z0-9]+ )*PRIVATE KEY[\s\S]*"),
+    ("an API key", "sk-", r"(?<![A-Za-z0-9])sk-(?=[A-Za-z_-]*\d)[A-Za-z0-9_-]{20,}"),
+    ("an AWS access key", "IA", r"A[KS]IA[A-Z0-9]{16}"),
+    ("a GitHub token", "gh", r"gh[pousr]_[A-Za-z0-9]{36,}"),
+    ("a GitHub token", "github_pat_", r"github_pat_[A-Za-z0-9_]{22,}"),
+    ("a GitLab token", "glpat-", r"glpat-[A-Za-z0-9_-]{20,}"),
+    ("a Google API key", "AIza", r"AIza[A-Za-z0-9_-]{35}"),
+    ("a Hugging Face token", "hf_", r"hf_[A-Za-z0-9]{30,}"),
+    ("a Slack token", "xox", r"xox[abeprs]-[A-Za-z0-9-]{10,}"),
+    ("a Stripe key", "k_", r"[rs]k_(?:live|test)_[A-Za-z0-9]{16,}"),
+    ("an npm token", "npm_", r"npm_[A-Za-z0-9]{36}"),
+    ("a PyPI token", "pypi-", r"pypi-[A-Za-z0-9_-]{50,}"),
+    ("a JSON Web Token", "eyJ", r"eyJ[A-Za-z0-9_-]{8,}\.eyJ[A-Za-z0-9_-]{8,}\.[A-Za-z0-9_-]{8,}"),
 )
-# Looked for by the last character of its beginning: those are rare in prose, which makes the search five times faster.
-SECRET_PATTERNS = [(name, f"{begins[-1]}(?<={begins}){goes_on}") for name, begins, goes_on in SECRETS]
-SECRET = re.compile("|".join(pattern for _, pattern in SECRET_PATTERNS))
+ANY_SECRET = re.compile("|".join(pattern for _, _, pattern in SECRETS))
 
 
 class StepError(Exception):
@@ -128,191 +123,166 @@ class Problem(NamedTuple):
 
 
 class Fault(NamedTuple):
-    """What is wrong with a record; it stands in the place of one that cannot be read."""
+    """What is wrong with a record. It stands in the place of one that cannot be read; `text` is how that one reads."""
 
     kind: str
     message: str
+    text: str = ""
 
 
-# --- reading: (line, value, text) for each record, where the value is what its text says, or a Fault ---
+# --- reading: (line, record) for each record, a Fault in its place if it cannot be read ---
 
 
-def read_records(path: str, check: bool = False) -> Iterator[tuple[int, Any, str]]:
+def read_records(path: str, check: bool = False) -> Iterator[tuple[int | None, Any]]:
     """Yield the records of a file: CSV by its name, a JSON array by its first character, else JSON Lines.
 
-    With `check` it can only be JSON Lines, as for the upload. Raises StepError for a file that is missing or not UTF-8.
+    With `check` it can only be JSON Lines, as for the upload. Raises StepError for a file that is not UTF-8.
     """
-    with explained_file_errors(), open(path, "rb") as file:
-        start = file.peek(64)
-        is_array = start.removeprefix(codecs.BOM_UTF8).lstrip()[:1] == b"["
-        if check and start.startswith(codecs.BOM_UTF8):
-            yield 1, Fault("byte-order-mark", "a server may reject the byte order mark here; save the file without"), ""
-        if check and is_array:
-            yield 1, Fault("broken-file", "this is an array, the upload takes JSON Lines; run without --check"), ""
-        elif is_array:
-            yield from read_json_array(decoded(iter(lambda: file.read(CHUNK_BYTES), b""), path))
-        elif path.lower().endswith(".csv") and not check:
-            yield from read_csv(decoded(file, path))
-        else:
-            yield from read_json_lines(decoded(file, path), check)
-
-
-@contextmanager
-def explained_file_errors():
-    try:
-        yield
-    except BrokenPipeError:
-        raise
-    except OSError as error:
-        raise StepError(f"{error.filename}: {error.strerror}.") from None
-
-
-def decoded(chunks: Iterable[bytes], path: str) -> Iterator[str]:
-    """Yield chunks as text, without the byte order mark that some editors begin a file with."""
-    decode, line = codecs.getincrementaldecoder("utf-8-sig")().decode, 1
-    for chunk in itertools.chain(chunks, [b""]):
+    with open(path, "rb") as binary, io.TextIOWrapper(binary, "utf-8-sig", newline="\n") as file:
+        skipped = 0  # blank lines before what the first look at the file shows
+        # Editors put a byte order mark before the text.
+        while not (start := binary.peek().removeprefix(b"\xef\xbb\xbf").lstrip()) and (blank := binary.read1()):
+            skipped += blank.count(b"\n")
+        read = read_csv if path.lower().endswith(".csv") and not check else read_json_lines
         try:
-            yield decode(chunk, final=not chunk)
+            if not start:
+                yield None, Fault("broken-file", "the file is empty; see whether it was saved")
+            elif check and start.startswith(b"["):
+                yield 1, Fault("broken-file", "this is an array, the upload takes JSON Lines; run without --check")
+            else:
+                for line, record in (read_json_array if start.startswith(b"[") else read)(file):
+                    yield skipped + line, record
         except UnicodeDecodeError as error:
-            line += error.object.count(b"\n", 0, error.start)
+            with open(path if os.path.isfile(path) else os.devnull, "rb") as lines:  # a pipe cannot be read again
+                bad = (n for n, line in enumerate(lines, 1) if line.decode(errors="ignore").encode() != line)
+                place = next((f"{path}:{n}" for n in bad), path)
             byte = error.object[error.start]
-            raise StepError(f"{path}:{line}: byte 0x{byte:02x} is not UTF-8; save the file as UTF-8.") from None
-        line += chunk.count(b"\n")
+            cure = "export the sheet as CSV" if start.startswith(b"PK") else "save the file as UTF-8"  # PK: a workbook
+            raise StepError(f"{place}: byte 0x{byte:02x} is not UTF-8; {cure}.") from None
 
 
-def json_parser() -> Callable[[str, int], tuple[Any, int]]:
-    """Return parse(text, start) -> (value, end); ValueError: not JSON. An object with a key twice makes it a Fault."""
-    repeated: list[str] = []
+def unique_keys(pairs: list) -> dict:
+    record = dict(pairs)
+    if len(record) < len(pairs):
+        ((key, _),) = Counter(key for key, _ in pairs).most_common(1)
+        raise KeyError(f"the key {named([key])} stands twice; keep one")  # readers take the last without a word
+    return record
 
-    def one_of_each(pairs: list) -> dict:
-        record = dict(pairs)
-        if len(record) < len(pairs):
-            repeated.extend(key for key, times in Counter(key for key, _ in pairs).items() if times > 1)
-        return record
 
-    def no_constant(name: str):
-        raise ValueError(f"{name} is no JSON number")
+DECODER = json.JSONDecoder(object_pairs_hook=unique_keys)
 
-    decoder = json.JSONDecoder(object_pairs_hook=one_of_each, parse_constant=no_constant)
 
-    def parse(text: str, start: int) -> tuple[Any, int]:
-        repeated.clear()
+def decode_json(text: str, start: int) -> tuple[Any, int]:
+    """Return the value that starts there, or a Fault in its place, and where it ends. JSONDecodeError: it is none."""
+    try:
+        return DECODER.raw_decode(text, start)
+    except KeyError as error:
+        end = json.JSONDecoder().raw_decode(text, start)[1]
+        return Fault("duplicate-key", error.args[0], text[start:end]), end
+    except json.JSONDecodeError:
+        raise
+    except (RecursionError, ValueError):
+        raise json.JSONDecodeError("Nested too deeply, or a number of too many digits", text, start) from None
+
+
+def read_json_lines(lines: Iterable[str]) -> Iterator[tuple[int, Any]]:
+    for number, line in enumerate(lines, 1):
+        text = line.strip(" \t\r\n")
+        if text:
+            try:
+                record, end = decode_json(text, 0)
+                if end < len(text):
+                    raise json.JSONDecodeError("More text after the object", text, end)
+            except json.JSONDecodeError as error:
+                why = f"{error.msg} at column {error.colno}; a line must be one JSON object"
+                record = Fault("invalid-json", why, text)
+            yield number, record
+
+
+def read_json_array(file: TextIO) -> Iterator[tuple[int, Any]]:
+    """Yield (line, element) with no more than an element and a chunk in memory. A syntax error ends it."""
+    may_follow = {"": "[", "[": "]", "value": ",]", ",": "", "]": ""}
+    text, at, line, last, more = "", 0, 1, "", True  # last: what was read last, a mark or a value
+    while True:
+        gap = JSON_SPACE.match(text, at)
+        start = gap.end() if gap else at
+        line, at = line + text.count("\n", at, start), start
+        mark = text[at : at + 1]
         try:
-            value, end = decoder.raw_decode(text, start)
-        except RecursionError:
-            raise ValueError("Nested too deeply") from None
-        if repeated:
-            value = Fault("duplicate-key", f"the key {named(repeated[:1])} stands twice; keep one")
-        return value, end
-
-    return parse
-
-
-def read_json_lines(lines: Iterable[str], check: bool = False) -> Iterator[tuple[int, Any, str]]:
-    parse = json_parser()
-    for number, text in enumerate(lines, 1):
-        line = text.strip(JSON_SPACE)
-        if line:
-            try:
-                value, end = parse(line, 0)
-                if end < len(line):
-                    raise json.JSONDecodeError("More text after the object", line, end)
-            except ValueError as error:
-                place = f" at column {error.colno}" if isinstance(error, json.JSONDecodeError) else ""
-                value = Fault("invalid-json", f"{first_line(error)}{place}; a line must be one JSON object")
-            yield number, value, line
-        elif text and check:
-            yield number, Fault("blank-line", "a server may count a blank line as a broken row; delete it"), ""
-
-
-def first_line(error: Exception) -> str:
-    return getattr(error, "msg", str(error)).partition("\n")[0]
-
-
-def read_json_array(chunks: Iterator[str]) -> Iterator[tuple[int, Any, str]]:
-    """Yield (line, element), with no more than an element and a chunk in memory; a syntax error ends it."""
-    parse, text, line, expected, enough = json_parser(), "", 1, "[", 0
-    for chunk in itertools.chain(chunks, [None]):  # None: there is no more
-        text += chunk or ""
-        while chunk is None or len(text) >= enough:
-            stripped = text.lstrip(JSON_SPACE)
-            line, text = line + text.count("\n", 0, len(text) - len(stripped)), stripped
-            if not text and (chunk is not None or not expected):
-                break
-            try:
-                if expected == "value" or (expected == "value or ]" and text[:1] != "]"):
-                    value, end = parse(text, 0)
-                    if chunk is not None and end + 16 > len(text):
-                        break  # a number may go on in the next chunk
-                    yield line, value, text[:end]
-                    expected, enough = ",]", 0
-                elif text and text[0] in expected:
-                    end, expected = 1, {"[": "value or ]", ",": "value", "]": ""}[text[0]]
-                else:
-                    raise json.JSONDecodeError(f"Expecting {' or '.join(expected) or 'the end'}", text, 0)
-            except ValueError as error:
-                at = getattr(error, "pos", 0)
-                if chunk is not None and (at + 16 > len(text) or str(error).startswith("Unterminated")):
-                    enough = 2 * len(text)  # the value goes on: so as not to parse a long one for every chunk
-                    break
-                message = f"{first_line(error)}; mend it here, the rest of the file was not read"
-                yield line + text.count("\n", 0, at), Fault("broken-file", message), ""
+            if mark and mark in may_follow[last]:
+                end, last = at + 1, mark
+            elif last in ("[", ","):
+                value, end = decode_json(text, at)
+                if more and end + 16 > len(text):  # a number may go on in the next chunk
+                    raise json.JSONDecodeError("Expecting more", text, end)
+                yield line, value
+                last = "value"
+            elif last == "]" and not mark and not more:
                 return
-            line, text = line + text.count("\n", 0, end), text[end:]
+            else:
+                raise json.JSONDecodeError(f"Expecting {' or '.join(may_follow[last]) or 'the end'}", text, at)
+            line, at = line + text.count("\n", at, end), end
+        except json.JSONDecodeError as error:
+            if not more or (error.pos + 16 < len(text) and "Unterminated" not in error.msg):
+                why = f"{error.msg}; mend it here, the rest of the file was not read"
+                yield line + text.count("\n", at, error.pos), Fault("broken-file", why)
+                return
+            chunk = file.read(max(CHUNK_CHARS, len(text)))  # as much again: a long value is not parsed for each chunk
+            text, at, more = text[at:] + chunk, 0, bool(chunk)
 
 
-def read_csv(lines: Iterator[str]) -> Iterator[tuple[int, Any, str]]:
+def read_csv(file: TextIO) -> Iterator[tuple[int, Any]]:
     csv.field_size_limit(2**31 - 1)  # an answer may be longer than the module's 128 KB
-    rows, header, twice = csv.reader(filter(None, lines), strict=True), None, None
+    rows = csv.reader(file, strict=True)
+    header: list[str] = []
     while True:
         line = rows.line_num + 1
         try:
-            fields = next(rows, None)
-        except csv.Error as error:
-            yield line, Fault("invalid-csv", f"{error}; put the field in quotes, and write a quote inside it twice"), ""
-            continue
-        if fields is None:
+            fields = next(rows)
+        except StopIteration:
             return
-        if not header:
-            header = fields
-            if len(header) == 1 and re.search(r"[;\t]", header[0]):
-                cure = "the fields are parted by semicolons or tabs; save the file with commas"
-                yield line, Fault("broken-file", cure), ""
+        except csv.Error as error:
+            yield line, Fault("invalid-csv", f"{error}; put the field in quotes, and write a quote inside it twice")
+            continue
+        if fields and not header:
+            header, names = fields, [name for name in fields if name]
+            if len(set(names)) < len(names) or (len(header) == 1 and re.search(r"[;\t]", header[0])):
+                cure = "each column needs a name of its own, and commas between them, not semicolons or tabs"
+                yield line, Fault("broken-file", f"{cure}: {named(names)}")
                 return
-            twice = next((name for name in fields if name and fields.count(name) > 1), None)
-        elif twice:
-            yield line, Fault("duplicate-key", f"the column {twice!r} stands twice; keep one"), render(fields)
-        elif fields and len(fields) != len(header):
-            message = f"{len(fields)} fields where the header has {len(header)}; put fields with commas in quotes"
-            yield line, Fault("invalid-csv", message), render(fields)
+        elif fields and len(fields) == len(header):
+            yield line, {name: value for name, value in zip(header, fields, strict=True) if name}
         elif fields:
-            yield line, {name: value for name, value in zip(header, fields, strict=True) if name}, ""
+            why = f"{len(fields)} fields where the header has {len(header)}; put fields with commas in quotes"
+            yield line, Fault("invalid-csv", why, render(fields))
 
 
 # --- from a record to an example ---
 
-SHAPES = (("messages",), ("question", "answer"), ("prompt", "completion"))
+SHAPES: tuple[tuple[str, ...], ...] = (("messages",), ("question", "answer"), ("prompt", "completion"))
 NOT_WRITTEN = ("id", "category")
 
 
-def to_example(record: Any, system: dict | None) -> Any:
+def to_example(record: Any, system: dict | None, check: bool) -> dict | Fault:
     """Return the training example that a record of one of the three shapes stands for, or the Fault that it has."""
+    if isinstance(record, Fault):
+        return record
     if not isinstance(record, dict):
         return Fault("not-an-object", 'a record must be an object, such as {"question": "...", "answer": "..."}')
-    shapes = [" and ".join(shape) for shape in SHAPES if all(key in record for key in shape)]
-    if not shapes:
-        wanted = "question and answer, prompt and completion, or messages"
-        return Fault("unknown-shape", f"found {named(record) or 'no keys'}; a record needs {wanted}, in lower case")
-    if len(shapes) > 1:
-        return Fault("ambiguous-shape", f"found {' as well as '.join(shapes)}; keep one of them")
-    if "messages" not in record:
-        question, answer = ("question", "answer") if "question" in shapes[0] else ("prompt", "completion")
-        return qa_example(record[question], record[answer], system)
-    messages = record["messages"]
-    if isinstance(messages, list):
-        messages = with_system(messages, system)
-    if messages is record["messages"] and not any(key in record for key in NOT_WRITTEN):
-        return record  # as it is
+    if not check:
+        shapes = [shape for shape in SHAPES if all(key in record for key in shape)]
+        if not shapes:
+            wanted = "question and answer, prompt and completion, or messages"
+            return Fault("unknown-shape", f"found {named(record) or 'no keys'}; a record needs {wanted}, in lower case")
+        if len(shapes) > 1:
+            return Fault("ambiguous-shape", f"found {' as well as '.join(map(' and '.join, shapes))}; keep one of them")
+        if "messages" not in record:
+            return qa_example(record[shapes[0][0]], record[shapes[0][1]], system)
+    if not isinstance(record.get("messages"), list) or not record["messages"]:
+        return Fault("missing-messages", "`messages` is missing or empty; write a question and its answer")
+    if check:
+        return record  # as it would be uploaded
+    messages = with_system(record["messages"], system)
     return {key: value for key, value in record.items() if key not in NOT_WRITTEN} | {"messages": messages}
 
 
@@ -323,11 +293,12 @@ def qa_example(question: Any, answer: Any, system: dict | None) -> dict:
 
 def with_system(messages: list, system: dict | None) -> list:
     """Put the system message in front where there is none. `developer` is its other name, which training files lack."""
-    roles = [message.get("role") if isinstance(message, dict) else None for message in messages]
-    if "developer" in roles:
-        renamed = {"role": "system"}
-        return [m | renamed if role == "developer" else m for m, role in zip(messages, roles, strict=True)]
-    return messages if "system" in roles or not (system and messages) else [system, *messages]
+    messages = [m | {"role": "system"} if role_of(m) == "developer" else m for m in messages]
+    return messages if not system or "system" in map(role_of, messages) else [system, *messages]
+
+
+def role_of(message: Any) -> Any:
+    return message.get("role") if isinstance(message, dict) else None
 
 
 # --- the rules ---
@@ -341,226 +312,149 @@ EXAMPLE_KEYS = {"messages", "tools", "parallel_tool_calls"}
 class Message:
     """A message as the rules see it: what has the wrong type is empty here, and a fault by a rule of its own."""
 
+    calls: Sequence[dict] = ()  # what few messages have is set in those alone: a file may hold millions
+    images: Sequence[dict] = ()
+    arguments: Sequence[Any] = ()
+    unknown_role = ""
+    has_bad_calls = has_bad_weight = is_short = False
+    is_valid = is_weighted = True
+
     def __init__(self, raw: Any):
-        self.is_object, self.raw = isinstance(raw, dict), raw if isinstance(raw, dict) else {}
-        self.role = self.raw["role"] if self.raw.get("role") in ROLES else ""
-        self.content: Any = self.raw.get("content")
-        calls = self.raw.get("tool_calls")
-        self.parts: list[dict] = []
-        self.images: list[dict] = []
-        self.texts: list = [self.content]
-        if not isinstance(self.content, str):
-            self.parts = [p for p in self.content if isinstance(p, dict)] if isinstance(self.content, list) else []
-            self.images = [part for part in self.parts if part.get("type") == "image_url"]
-            self.texts = [part["text"] for part in self.parts if isinstance(part.get("text"), str)]
+        self.is_object = isinstance(raw, dict)
+        self.raw = raw = raw if self.is_object else {}
+        self.role, self.content, self.name = raw.get("role"), raw.get("content"), raw.get("name")
+        if self.role not in ROLES:
+            self.unknown_role, self.role = named([self.role]) if "role" in raw else "", ""
+        if isinstance(self.content, str):
+            self.texts = [self.content]
+        else:
+            parts = dicts_in(self.content) if self.role != "tool" else []
+            self.texts = [p["text"] for p in parts if p.get("type") == "text" and isinstance(p.get("text"), str)]
+            self.images = [p for p in parts if p.get("type") == "image_url" and self.role == "user"]
+            is_list = isinstance(self.content, list) and 0 < len(self.content) == len(self.texts) + len(self.images)
+            self.is_valid = self.content is None or is_list
         self.is_blank = bool(self.texts) and not self.images and not any(map(str.strip, self.texts))
-        self.calls = [call for call in calls if is_function(call)] if isinstance(calls, list) else []
-        self.is_trained = self.role == "assistant" and self.raw.get("weight") != 0
+        self.all_texts = self.texts
+        if "tool_calls" in raw:
+            self.calls = [call for call in functions_in(raw["tool_calls"]) if isinstance(call.get("id"), str)]
+            self.has_bad_calls = raw["tool_calls"] != (self.calls or "calls")
+            self.arguments = [call["function"].get("arguments") for call in self.calls]
+            names = [call["function"]["name"] for call in self.calls]
+            self.all_texts = [*self.texts, *names, *map(str, self.arguments)]
+        if "weight" in raw:
+            self.has_bad_weight = repr(raw["weight"]) not in ("0", "1") or self.role != "assistant"
+            self.is_weighted = repr(raw["weight"]) != "0"
+        self.is_trained = self.role == "assistant" and self.is_weighted
+        if self.is_trained and self.texts and not self.is_blank and not self.calls:
+            self.is_short = sum(map(len, self.texts)) < SHORT_ANSWER
 
 
 class Example:
-    """A training example as the rules see it, and the texts of which its tokens are counted."""
+    """A training example as the rules see it."""
 
     def __init__(self, raw: dict):
-        self.raw, messages, tools = raw, raw.get("messages"), raw.get("tools")
-        self.messages = [Message(message) for message in messages] if isinstance(messages, list) else []
+        self.raw, self.messages = raw, [Message(message) for message in raw["messages"]]
         self.roles = {message.role for message in self.messages}  # "": missing or unknown
-        self.functions = [tool["function"] for tool in tools if is_function(tool)] if isinstance(tools, list) else []
-        self.trained_texts: list[str] = []
-        self.other_texts, self.format_tokens = function_parts(self.functions)
-        self.format_tokens += PRIMING_TOKENS
+        self.is_trained = any(message.is_trained for message in self.messages) or "assistant" not in self.roles
+        self.ends_well = "assistant" not in self.roles or self.messages[-1].role == "assistant"
+        self.tools, self.parallel = functions_in(raw.get("tools")), raw.get("parallel_tool_calls", True)
+        self.text = "\n".join(text for m in self.messages for text in (*m.all_texts, str(m.name)))
+        self.text += json.dumps(raw["tools"]) if "tools" in raw else ""
+        calls: list[dict] = []
+        results: list = []
         for message in self.messages:
-            texts = self.trained_texts if message.is_trained else self.other_texts
-            texts += message.texts
-            self.format_tokens += MESSAGE_TOKENS + IMAGE_TOKENS * len(message.images)
-            for call in message.calls:
-                texts += [call["function"]["name"], str(call["function"].get("arguments"))]
-            if isinstance(message.raw.get("name"), str):
-                self.other_texts.append(message.raw["name"])
-                self.format_tokens += NAME_TOKENS
-        self.texts = self.trained_texts + self.other_texts
-        self.text = "\n".join([*self.texts, json.dumps(tools)] if tools else self.texts)
-        self.has_blank_run = len(self.text) >= MAX_BLANKS and bool(BLANK_RUN.search(self.text))
-
-    def undeclared_functions(self) -> set:
-        called = {call["function"]["name"] for message in self.messages for call in message.calls}
-        return called - {function["name"] for function in self.functions}
-
-    def orphan_results(self) -> list:
-        """The tool_call_id of each tool result that answers no earlier call."""
-        called, orphans = [], []
-        for message in self.messages:
-            called += [call.get("id") for call in message.calls]
-            if message.role == "tool" and message.raw.get("tool_call_id") not in called:
-                orphans.append(message.raw.get("tool_call_id"))
-        return orphans
+            calls += message.calls
+            if message.role == "tool" and message.raw.get("tool_call_id") not in [call["id"] for call in calls]:
+                results.append(message.raw.get("tool_call_id"))
+        self.orphans = named(results)  # tool results that answer no earlier call
+        self.undeclared = named({c["function"]["name"] for c in calls} - {t["function"]["name"] for t in self.tools})
 
 
-def is_function(value: Any) -> bool:
-    """A tool as declared, or a call of one: {"type": "function", "function": {"name": ...}}."""
-    function = value.get("function") if isinstance(value, dict) and value.get("type") == "function" else None
-    return isinstance(function, dict) and isinstance(function.get("name"), str)
+def dicts_in(value: Any) -> list[dict]:
+    return [item for item in value if isinstance(item, dict)] if isinstance(value, list) else []
 
 
-def function_parts(functions: list[dict]) -> tuple[list[str], int]:
-    """Return the texts and format tokens of declared functions, by the Cookbook's rule, which knows no nesting."""
-    texts, tokens = [], 12 * bool(functions)
-    for function in functions:
-        parameters = function.get("parameters")
-        properties = parameters.get("properties") if isinstance(parameters, dict) else None
-        properties = (
-            {k: v for k, v in properties.items() if isinstance(v, dict)} if isinstance(properties, dict) else {}
-        )
-        texts.append(f"{function['name']}:{str(function.get('description', '')).removesuffix('.')}")
-        tokens += 7 + 3 * bool(properties)
-        for key, value in properties.items():
-            choices = value["enum"] if isinstance(value.get("enum"), list) else []
-            texts += [f"{key}:{value.get('type', '')}:{str(value.get('description', '')).removesuffix('.')}"]
-            texts += map(str, choices)
-            tokens += 3 + (3 * len(choices) - 3 if choices else 0)
-    return texts, tokens
+def dict_at(value: dict, key: str) -> dict:
+    return value[key] if isinstance(value.get(key), dict) else {}
 
 
-def has_valid_content(message: Message) -> bool:
-    """A string, or for all but `tool` a list of text parts, with images among them for the user."""
-    if message.role == "tool" or not isinstance(message.content, list):
-        return isinstance(message.content, str)
-    texts = [part for part in message.parts if part.get("type") == "text" and isinstance(part.get("text"), str)]
-    images = [part for part in message.images if isinstance(part.get("image_url"), dict) and message.role == "user"]
-    return 0 < len(message.content) == len(texts) + len(images)
-
-
-def has_valid_calls(message: Message) -> bool:
-    calls = message.raw["tool_calls"]
-    return isinstance(calls, list) and 0 < len(calls) == len([c for c in message.calls if isinstance(c.get("id"), str)])
+def functions_in(value: Any) -> list[dict]:
+    """Of a list of tools, or of calls, return the valid ones: {"type": "function", "function": {"name": ...}}."""
+    tools = [item for item in dicts_in(value) if item.get("type") == "function"]
+    return [tool for tool in tools if isinstance(dict_at(tool, "function").get("name"), str)]
 
 
 def is_json(text: Any) -> bool:
     try:
-        json.loads(text)
+        return json.loads(text) is not text
     except (TypeError, ValueError, RecursionError):
         return False
-    return isinstance(text, str)
+
+
+def has_blank_run(text: str) -> bool:
+    return len(text) >= MAX_BLANKS and any(len(run) >= MAX_BLANKS for run in re.findall(r"\s+", text))
 
 
 def secrets_in(text: str) -> str:
-    found = [match.start() for match in SECRET.finditer(text)]
-    return ", ".join(sorted({name for at in found for name, one in SECRET_PATTERNS if re.compile(one).match(text, at)}))
+    return ", ".join(sorted({name for name, part, pattern in SECRETS if part in text and re.search(pattern, text)}))
 
 
-def named(values: Iterable) -> str:
+def named(values: Collection) -> str:
     """'a', 'b': each value once, cut to what a line can take, and without secrets."""
-    return "" if not values else ", ".join(sorted({repr(SECRET.sub("[secret]", str(value))[:40]) for value in values}))
+    return (
+        "" if not values else ", ".join(sorted({repr(ANY_SECRET.sub("[secret]", str(value))[:40]) for value in values}))
+    )
 
 
-class Rule(NamedTuple):
-    """A line of the table: `find` looks at what `judges` names and returns what is wrong, or something empty.
-
-    judges: "example"; "message", every message; only those of one role; or "roleless", those whose role is not known.
-    """
-
-    kind: str
-    level: str
-    judges: str
-    find: Callable[[Any], Any]
-    sentence: str  # with {} for what was found
-
-
-# fmt: off
-RULES = (
-    Rule("missing-messages", "error", "example", lambda e: not e.messages,
-         "`messages` is missing or empty; it needs a user message and the assistant's answer"),
-    Rule("unknown-key", "error", "example", lambda e: named(e.raw.keys() - EXAMPLE_KEYS),
-         "the API rejects {} beside `messages`; delete it"),
-    Rule("no-user-message", "error", "example", lambda e: e.messages and "user" not in e.roles,
-         "there is no user message; add what the assistant answers to"),
-    Rule("no-assistant-message", "error", "example", lambda e: e.messages and "assistant" not in e.roles,
-         "there is no assistant message, so nothing to learn; add the answer"),
-    Rule("nothing-trained", "error", "example", lambda e: (
-         "assistant" in e.roles and not any(message.is_trained for message in e.messages)),
-         "every assistant message has weight 0, so nothing is learnt; take the weight off one"),
-    Rule("last-not-assistant", "warning", "example", lambda e: (
-         "assistant" in e.roles and e.messages[-1].role != "assistant"),
-         "what follows the last assistant message teaches nothing; end with the answer"),
-    Rule("invalid-tools", "error", "example", lambda e: "tools" in e.raw and (
-         not isinstance(e.raw["tools"], list) or len(e.raw["tools"]) > len(e.functions)),
-         "`tools` must be a list of tools of type function, each with a function that has a name"),
-    Rule("invalid-tools", "error", "example", lambda e: not isinstance(e.raw.get("parallel_tool_calls", True), bool),
-         "`parallel_tool_calls` must be true or false"),
-    Rule("unknown-function", "error", "example", lambda e: named(e.undeclared_functions()),
-         "the function {} is called but not in `tools`; declare it there"),
-    Rule("orphan-tool-result", "error", "example", lambda e: "tool" in e.roles and named(e.orphan_results()),
-         "the tool result for {} answers no earlier call; its tool_call_id must be the id of one"),
-    Rule("invalid-message", "error", "roleless", lambda m: not m.is_object,
-         "a message must be an object with `role` and `content`"),
-    Rule("missing-role", "error", "roleless", lambda m: m.is_object and "role" not in m.raw,
-         f"`role` is missing; write one of {', '.join(ROLES)}"),
-    Rule("unknown-role", "error", "roleless", lambda m: "role" in m.raw and named([m.raw["role"]]),
-         f"the role {{}} is unknown; write one of {', '.join(ROLES)}"),
-    Rule("unknown-key", "error", "message", lambda m: named(m.raw.keys() - KEYS[m.role]),
-         "the API rejects {} here; delete it"),
-    Rule("missing-content", "error", "message", lambda m: m.content is None and not m.raw.get("tool_calls"),
-         "`content` is missing; write the text"),
-    Rule("invalid-content", "error", "message", lambda m: m.content is not None and not has_valid_content(m),
-         "`content` must be text (a tool's result one string; a user's message may be a list of texts and images)"),
-    Rule("empty-question", "error", "user", lambda m: m.is_blank,
-         "the user's message is empty; write it or delete the row"),
-    Rule("empty-answer", "error", "assistant", lambda m: m.is_blank and not m.calls,
-         "the answer is empty; write one or delete the row"),
-    Rule("short-answer", "warning", "assistant", lambda m: m.is_trained and m.texts and not m.is_blank and not m.calls
-         and sum(map(len, m.texts)) < SHORT_ANSWER,
-         f"the answer has fewer than {SHORT_ANSWER} characters; the model will learn to be as brief"),
-    Rule("invalid-name", "error", "message", lambda m: not isinstance(m.raw.get("name", ""), str),
-         "`name` must be a text"),
-    Rule("invalid-weight", "error", "assistant", lambda m: repr(m.raw.get("weight", 1)) not in ("0", "1"),
-         "`weight` must be 0 (not learnt) or 1"),
-    Rule("invalid-weight", "error", "message", lambda m: "weight" in m.raw and m.role != "assistant",
-         "`weight` belongs to assistant messages alone; delete it"),
-    Rule("invalid-tool-call", "error", "assistant", lambda m: "tool_calls" in m.raw and not has_valid_calls(m),
-         "`tool_calls` must be a list of calls of type function, each with an id and a function that has a name"),
-    Rule("invalid-arguments", "error", "assistant", lambda m: not all(
-         is_json(call["function"].get("arguments")) for call in m.calls),
-         "the `arguments` of a tool call must be JSON written as a text"),
-    Rule("control-token", "error", "example", lambda e: "<|" in e.text and named(CONTROL_TOKEN.findall(e.text)),
-         "the text holds {}, which the API rejects; delete it or write it differently"),
-    Rule("secret", "error", "example", lambda e: secrets_in(e.text),
-         "the text holds {}, which the model would learn; take it out, and revoke it if it is real"),
-    Rule("blank-run", "error", "example", lambda e: e.has_blank_run,
-         f"the text has {MAX_BLANKS:,} blanks in a row, on which tokenizers fail; shorten them"),
-)
-# fmt: on
-RULES_FOR = {role: [rule for rule in RULES if rule.judges in (role, "message")] for role in ROLES}
-RULES_FOR |= {"": [rule for rule in RULES if rule.judges == "roleless"]}
-EXAMPLE_RULES = [rule for rule in RULES if rule.judges == "example"]
-
-# What no look at one example finds: faults of reading, of counting, between rows, and of the file as a whole.
-WARNINGS = ["byte-order-mark", "blank-line", "duplicate", "conflicting-answer", "differing-system"]
-WARNINGS += ["held-out", "validation-overlap", "few-examples"]
-ERRORS = ["invalid-json", "invalid-csv", "duplicate-key", "not-an-object", "unknown-shape", "ambiguous-shape"]
-ERRORS += ["lone-surrogate", "too-many-tokens"]
-FILE_ERRORS = ["broken-file", "too-few-examples", "file-too-large"]  # nothing is written while one of these stands
-LEVELS = {rule.kind: rule.level for rule in RULES} | dict.fromkeys(WARNINGS, "warning")
-LEVELS |= dict.fromkeys((*ERRORS, *FILE_ERRORS), "error")
-
-
-def faults_in(example: Example, first: int | None = 1) -> Iterator[Fault]:
-    """Yield every fault that the table finds in an example, its messages numbered from `first` or not at all."""
-    for rule in EXAMPLE_RULES:
-        if found := rule.find(example):
-            yield Fault(rule.kind, rule.sentence.format(found))
-    for number, message in enumerate(example.messages, first or 0):
-        for rule in RULES_FOR[message.role]:
-            if found := rule.find(message):
-                place = "" if first is None else f"message {number}: "
-                yield Fault(rule.kind, place + rule.sentence.format(found))
+# For each thing that is judged its rules: the kind, what finds the fault (it returns True, or a text for {}), the cure.
+# A message is judged by the rules for "message" and by those for its role; one without a known role, by those for "".
+RULES: dict[str, list[tuple[str, Callable[[Any], Any], str]]] = {
+    "example": [
+        ("unknown-key", lambda e: named(e.raw.keys() - EXAMPLE_KEYS), "the API rejects {} beside messages; delete it"),
+        ("no-user-message", lambda e: "user" not in e.roles, "there is no user message; add what is answered"),
+        ("no-assistant-message", lambda e: "assistant" not in e.roles, "there is nothing to learn; add the answer"),
+        ("nothing-trained", lambda e: not e.is_trained, "every answer has weight 0; take it off what is to be learnt"),
+        ("last-not-assistant", lambda e: not e.ends_well, "what follows the last answer teaches nothing; delete it"),
+        ("invalid-tools", lambda e: e.raw.get("tools", []) != e.tools, "`tools` must be a list of named functions"),
+        ("invalid-tools", lambda e: not isinstance(e.parallel, bool), "`parallel_tool_calls` must be true or false"),
+        ("unknown-function", lambda e: e.undeclared, "the function {} is called but not in `tools`; declare it there"),
+        ("orphan-tool-result", lambda e: e.orphans, "no earlier call has the id {}; tool_call_id must be that of one"),
+        ("control-token", lambda e: named(CONTROL_TOKEN.findall(e.text)), "the text holds {}; the API rejects it"),
+        ("secret", lambda e: secrets_in(e.text), "the text holds {}; take it out, and revoke it if it is real"),
+        ("blank-run", lambda e: has_blank_run(e.text), f"{MAX_BLANKS:,} blanks in a row break tokenizers; delete them"),
+    ],
+    "message": [
+        ("unknown-key", lambda m: named(m.raw.keys() - KEYS[m.role]), "the API rejects {} here; delete it"),
+        ("missing-content", lambda m: m.content is None and not m.calls, "`content` is missing; write the text"),
+        ("invalid-content", lambda m: not m.is_valid, "`content` must be text; a user's may be texts and images"),
+        ("invalid-name", lambda m: not isinstance(m.raw.get("name", ""), str), "`name` must be a text"),
+        ("invalid-weight", lambda m: m.has_bad_weight, "`weight` must be 0 or 1, and only an answer has one"),
+    ],
+    "user": [("empty-question", lambda m: m.is_blank, "the user's message is empty; write it or delete the row")],
+    "assistant": [
+        ("empty-answer", lambda m: m.is_blank and not m.calls, "the answer is empty; write one or delete the row"),
+        ("short-answer", lambda m: m.is_short, f"fewer than {SHORT_ANSWER} characters; the model will be as brief"),
+        ("invalid-tool-call", lambda m: m.has_bad_calls, "each call needs an id, the type function, a function's name"),
+        ("invalid-arguments", lambda m: not all(map(is_json, m.arguments)), "`arguments` must be JSON in a text"),
+    ],
+    "": [
+        ("invalid-message", lambda m: not m.is_object, "a message must be an object with `role` and `content`"),
+        ("missing-role", lambda m: m.is_object and "role" not in m.raw, f"`role` is missing; write one of {ROLES}"),
+        ("unknown-role", lambda m: m.unknown_role, f"the role {{}} is unknown; write one of {ROLES}"),
+    ],
+}
+RULES_FOR = {role: RULES["message"] + RULES.get(role, []) for role in ROLES} | {"": RULES[""]}
+WARNINGS = {"last-not-assistant", "short-answer", "duplicate", "conflicting-answer", "differing-system", "held-out"}
+WARNINGS |= {"validation-overlap", "few-examples"}  # every other kind is an error
+BLOCKING = {"broken-file", "too-few-examples", "file-too-large"}  # nothing is written while one of these stands
 
 
 # --- counting tokens ---
 
 
 class TokenCounter:
-    """Counts texts in a model's encoding. `counted` says how: "exact"; "approximate", where tiktoken does not know the
-    model and o200k_base stands in; or "estimated", where the vocabulary cannot be had."""
+    """Counts in a model's encoding. `counted` says how: "exact"; "approximate", where tiktoken does not know the model
+    and o200k_base stands in; or "estimated", where the vocabulary cannot be had."""
 
     def __init__(self, model: str):
         import tiktoken  # imported here, so that --help does not wait for it
@@ -568,54 +462,65 @@ class TokenCounter:
         self.encoding_name, self.counted = "o200k_base", "approximate"
         with suppress(KeyError):
             self.encoding_name, self.counted = tiktoken.encoding_name_for_model(base_model(model)), "exact"
-        self.encoding, why = load_encoding(self.encoding_name)
+        if folder := os.environ.get("TIKTOKEN_CACHE_DIR"):  # one that .env names is relative to .env
+            os.environ["TIKTOKEN_CACHE_DIR"] = str(HERE / folder)
+        self.encoding: Any = None
+
+        def load():
+            with suppress(OSError, ValueError):  # what a download raises is an OSError
+                self.encoding = tiktoken.get_encoding(self.encoding_name)
+
+        # A download may hang for ever; a daemon thread does not keep the script alive.
+        loading = threading.Thread(target=load, daemon=True)
+        loading.start()
+        loading.join(LOADING_SECONDS)
         if self.encoding is None:
             self.counted = "estimated"
+            why = f"the vocabulary of {self.encoding_name} could be neither found nor downloaded"
             print(f"warning: {why}, so token counts are estimates (bytes / 4).", file=sys.stderr)
 
-    def count(self, texts: Iterable[str]) -> dict[str, int]:
-        """Return {text: tokens}, by one call of tiktoken for all: it lets other threads run meanwhile."""
-        unique = list(dict.fromkeys(texts))  # a system prompt that stands in every row is counted once
-        if self.encoding is None:
-            return {text: -(-len(text.encode("utf-8", "replace")) // 4) for text in unique}
-        # No token reaches across the end-of-text token, so it keeps the texts apart and each count exact.
-        joined = END_OF_TEXT.join(text.replace(END_OF_TEXT, "") for text in unique)
-        tokens = self.encoding.encode(joined, allowed_special={END_OF_TEXT}, disallowed_special=())
-        tokens.append(self.encoding.eot_token)
+    def count(self, text: str) -> int:
+        if self.encoding is None or has_blank_run(text):
+            return math.ceil(len(text.encode("utf-8", "replace")) / 4)
+        return len(self.encoding.encode_ordinary(text))
+
+    def count_each(self, texts: Iterable[str]) -> dict[str, int]:
+        """Return the tokens of each text, which are encoded in one call, so that threads seldom wait for each other."""
+        joined = [text for text in {*texts} if not has_blank_run(text) and END_OF_TEXT not in text]
+        if self.encoding is None or not joined:
+            return {}
+        text = END_OF_TEXT.join(joined)
+        tokens = self.encoding.encode(text, allowed_special={END_OF_TEXT}, disallowed_special=())
         counts, start = {}, 0
-        for text in unique:
+        for text in joined[:-1]:
             end = tokens.index(self.encoding.eot_token, start)
             counts[text], start = end - start, end + 1
-        return counts
+        return counts | {joined[-1]: len(tokens) - start}
 
-    def example_tokens(self, example: Example, counts: dict[str, int]) -> tuple[int, int]:
-        """Return (all tokens, those trained on) of an example, whose texts have been counted."""
-        trained = sum(counts[text] for text in example.trained_texts)
-        total = example.format_tokens + trained + sum(counts[text] for text in example.other_texts)
-        return total + 3 * len(example.functions) * (self.encoding_name == "cl100k_base"), trained
+    def count_example(self, example: Example, counts: dict[str, int]) -> tuple[int, int]:
+        """Return (all tokens, those trained on); `counts` are those of its texts that are known."""
+        total, trained = PRIMING_TOKENS + self.count_tools(example.tools), 0
+        for message in example.messages:
+            said = sum(counts[text] if text in counts else self.count(text) for text in message.all_texts)
+            name = self.count(message.name) + NAME_TOKENS if isinstance(message.name, str) else 0
+            total += said + name + MESSAGE_TOKENS + IMAGE_TOKENS * len(message.images)
+            trained += said * message.is_trained
+        return total, trained
 
-
-def load_encoding(name: str) -> tuple[Any, str]:
-    """Return (encoding, "") or (None, why). tiktoken downloads what it has not cached, and knows no timeout."""
-    import tiktoken
-
-    folder = os.environ.get("TIKTOKEN_CACHE_DIR") or os.environ.get("DATA_GYM_CACHE_DIR")
-    folder = str(HERE / folder) if folder else os.path.join(tempfile.gettempdir(), "data-gym-cache")
-    os.environ["TIKTOKEN_CACHE_DIR"] = folder  # one that .env names is relative to .env, wherever the script is called
-    url = f"https://openaipublic.blob.core.windows.net/encodings/{name}.tiktoken"
-    is_cached = os.path.exists(os.path.join(folder, hashlib.sha1(url.encode()).hexdigest()))
-    outcome: list = [None, f"the vocabulary of {name} did not arrive within {DOWNLOAD_SECONDS} s"]
-
-    def load():
-        try:
-            outcome[:] = tiktoken.get_encoding(name), ""
-        except (OSError, ValueError) as error:  # what requests raises is an OSError
-            outcome[1] = f"the vocabulary of {name} could not be downloaded ({type(error).__name__})"
-
-    thread = threading.Thread(target=load, daemon=True)  # a daemon, so that a hanging download does not keep us alive
-    thread.start()
-    thread.join(60 if is_cached else DOWNLOAD_SECONDS)
-    return outcome[0], outcome[1]
+    def count_tools(self, tools: list[dict]) -> int:
+        """The Cookbook's rule, which knows no nesting."""
+        tokens = 12 * bool(tools)
+        for function in (tool["function"] for tool in tools):
+            properties = dict_at(dict_at(function, "parameters"), "properties")
+            tokens += (10 if self.encoding_name == "cl100k_base" else 7) + 3 * bool(properties)
+            tokens += self.count(f"{function['name']}:{str(function.get('description', '')).removesuffix('.')}")
+            for key in properties:
+                value = dict_at(properties, key)
+                choices = value["enum"] if isinstance(value.get("enum"), list) else []
+                about = f"{key}:{value.get('type', '')}:{str(value.get('description', '')).removesuffix('.')}"
+                tokens += 3 + self.count(about) - 3 * bool(choices)
+                tokens += sum(3 + self.count(str(choice)) for choice in choices)
+        return tokens
 
 
 def base_model(model: str) -> str:
@@ -625,138 +530,95 @@ def base_model(model: str) -> str:
 
 # --- comparing rows ---
 
-TURN = "\0"  # between the messages of a prompt
+TURN = b"\0"  # between the messages of a prompt
 
 
-def said(messages: Iterable[Message]) -> bytes:
-    """What messages say, without what does not change it: case, white space and Unicode form."""
-    texts = [render([m.content, m.calls]) if m.parts or m.calls else "".join(m.texts) for m in messages]
-    plain = unicodedata.normalize("NFKC", TURN.join(texts)).casefold().encode("utf-8", "surrogatepass")
-    return plain.translate(None, b" \t\n\r\v\f")
-
-
-class FirstPlaces:
-    """Where each thing stood first. SQLite keeps it in a temporary file, so that memory does not grow with the rows."""
-
-    def __init__(self):
-        import sqlite3  # imported here, so that --help does not wait for it
-
-        self.database = sqlite3.connect("")
-        self.database.execute("PRAGMA journal_mode = OFF")
-        self.database.execute("PRAGMA cache_size = -32000")  # KB
-        self.database.execute("CREATE TABLE first (thing INTEGER PRIMARY KEY, place TEXT)")
-
-    def find(self, thing: Any) -> str | None:
-        found = self.database.execute("SELECT place FROM first WHERE thing = ?", (hash(thing),)).fetchone()
-        return found and found[0]
-
-    def meet(self, thing: Any, place: str) -> str | None:
-        """Return where a thing stood before; None if it is new, and then remember it."""
-        insertion = self.database.execute("INSERT OR IGNORE INTO first VALUES (?, ?)", (hash(thing), place))
-        return None if insertion.rowcount else self.find(thing)
-
-
-class Comparer:
-    """Sorts rows, and warns of what one says against those before it and against the test cases."""
-
-    def __init__(self, held_out: str | None, validation_split: float, check: bool):
-        self.held_out_file, self.held_out = held_out, read_held_out(held_out) if held_out else {}
-        self.validation_split, self.check, self.places = validation_split, check, FirstPlaces()
-        self.first_system: tuple[bytes, str] | None = None
-        self.told_of_system = False
-
-    def sort(self, row: "Row", source: str):
-        """Set row.side, where the row goes; `source` is "training" or "validation", the file it stands in."""
-        if not row.is_valid:
-            row.side = "rejected"
-        elif row.example:  # else it is a blank line
-            messages, row.side = row.example.messages, source
-            last = max(number for number, message in enumerate(messages) if message.role == "assistant")
-            prompt = said(message for message in messages[:last] if message.role != "system")
-            system = said(message for message in messages if message.role == "system")
-            known_as = (prompt, system, render(row.example.raw.get("tools")))
-            if source == "training":
-                self.compare(row, known_as, said(messages[last:]))
-            elif earlier := self.places.find(known_as):
-                row.fault("validation-overlap", f"the same prompt as {earlier} in training; keep it in one of the two")
-
-    def compare(self, row: "Row", known_as: tuple, answer: bytes):
-        (prompt, system, _), place = known_as, f"{row.file}:{row.line}"
-        same_prompt = self.places.meet(known_as, place)
-        alike = self.places.meet((known_as, answer), place)
-        same = self.places.meet(row.data, place)
-        if same:
-            row.fault("duplicate", f"the same as {same}; " + ("delete one" if self.check else "left out"))
-        elif alike:
-            row.fault("duplicate", f"the same as {alike} but for case, white space or Unicode form; keep one")
-        elif same_prompt:
-            row.fault("conflicting-answer", f"the prompt of {same_prompt} with another answer; keep the better one")
-        if same and not self.check:
-            row.side = "repeated"
-        elif self.validation_split and in_validation(prompt, self.validation_split):
-            row.side = "validation"
-        self.first_system = self.first_system or (system, place)
-        if system != self.first_system[0] and not self.told_of_system:
-            row.fault("differing-system", f"another system message than {self.first_system[1]}; this is told once")
-            self.told_of_system = True
-        for case in {prompt, *prompt.split(TURN.encode())} & self.held_out.keys():
-            row.fault("held-out", f"{self.held_out[case]} of {self.held_out_file}; a test must be new to the model")
-
-
-def in_validation(prompt: bytes, split: float) -> bool:
-    """Whether a prompt goes to validation: by its content alone, so that new rows move no old one."""
-    digest = hashlib.blake2b(prompt, digest_size=8).digest()
-    return int.from_bytes(digest, "big") < split * 2**64
-
-
-def read_held_out(path: str) -> dict[bytes, str]:
-    """Return {prompt: "test case ID"} of test cases: {"cases": [...]}, an array of cases or JSON Lines."""
-    with explained_file_errors(), open(path, "rb") as file:
-        try:
-            cases = json.loads("".join(decoded(file, path)))
-            cases = cases.get("cases", [cases]) if isinstance(cases, dict) else cases
-        except (ValueError, RecursionError):
-            cases = [value for _, value, _ in read_records(path)]
-    prompts = {}
-    for number, case in enumerate(cases if isinstance(cases, list) else [None], 1):
-        if not isinstance(case, dict) or not isinstance(case.get("question"), str):
-            raise StepError(f"{path}: test case {number} has no `question`.")
-        history = case["history"] if isinstance(case.get("history"), list) else []
-        turns = [Message(turn) for turn in [*history, {"role": "user", "content": case["question"]}]]
-        prompts[said(turn for turn in turns if turn.role != "system")] = f"test case {case.get('id', number)}"
-    return prompts
-
-
-# --- what becomes of a row, and what is told of all ---
-
-
-@dataclass(slots=True)
+@dataclass
 class Row:
     """One record on its way from the input to the output."""
 
+    side: str  # where it goes: "training", "validation", "rejected" or "repeated"; at first, the file it stands in
     file: str
-    line: int
+    line: int | None
     record: Any
-    text: str = ""  # of the record, as it stood
     example: Example | None = None
     data: bytes = b""  # the line to write
     tokens: int = 0
     trained_tokens: int = 0
-    side: str = ""  # "training", "validation", "repeated" or "rejected"; "": not a row but a blank line
+    prompt: bytes = b""  # what is said in it, as rows are compared
+    system: bytes = b""
+    keys: tuple = ()  # 8 bytes each for the prompt, the prompt with its answer, and the line to write
     problems: list[Problem] = field(default_factory=list)
 
     def fault(self, kind: str, message: str):
-        self.problems.append(Problem(self.file, self.line, LEVELS[kind], kind, message))
+        level = "warning" if kind in WARNINGS else "error"
+        self.problems.append(Problem(self.file, self.line, level, kind, message))
 
-    @property
-    def is_valid(self) -> bool:
-        return all(problem.level != "error" for problem in self.problems)
 
-    def as_rejected(self) -> bytes:
-        """The line that --rejected keeps: where the row stood, what is wrong with it, and the record as it was."""
-        errors = [f"{problem.kind}: {problem.message}" for problem in self.problems if problem.level == "error"]
-        record = self.text if isinstance(self.record, Fault) else self.record
-        return json.dumps({"file": self.file, "line": self.line, "errors": errors, "record": record}).encode() + b"\n"
+def said(messages: Iterable[Message]) -> bytes:
+    """What messages say, without what does not change it: case, white space and Unicode form."""
+    plain = (render([m.content, m.calls]) if m.calls or m.images else "".join(m.texts) for m in messages)
+    text = unicodedata.normalize("NFKC", TURN.decode().join(plain)).casefold().encode("utf-8", "surrogatepass")
+    return text.translate(None, b" \t\n\r\v\f")
+
+
+def compared(rows: Iterable[Row], held_out: dict[bytes, str], split: float, check: bool) -> Iterator[Row]:
+    """Warn of what a row says against those before it and against the test cases; set Row.side."""
+    seen: dict[str, dict[int, int | None]] = {}  # {file: {key: line where it stood first}}
+    systems: dict[bytes, str] = {}  # {the first that is said, and another: where}
+
+    def earlier(key: int) -> str | None:
+        return next((f"{file}:{lines[key]}" for file, lines in seen.items() if key in lines), None)
+
+    for row in rows:
+        same_prompt, alike, same = map(earlier, row.keys or (0, 0, 0))
+        if row.side == "validation" and same_prompt:
+            row.fault("validation-overlap", f"the same prompt as {same_prompt} in training; keep it in one of the two")
+        if row.side == "training":
+            for key in row.keys:
+                seen.setdefault(row.file, {}).setdefault(key, row.line)
+            if same:
+                row.fault("duplicate", f"the same as {same}; " + ("delete one" if check else "left out"))
+            elif alike:
+                row.fault("duplicate", f"the same as {alike} but for case, white space or Unicode form; keep one")
+            elif same_prompt:
+                row.fault("conflicting-answer", f"the prompt of {same_prompt} with another answer; keep the better one")
+            if len(systems) == 1 and row.system not in systems:
+                first = next(iter(systems.values()))
+                row.fault("differing-system", f"another system message than {first}; this is told once")
+            if len(systems) < 2:
+                systems.setdefault(row.system, f"{row.file}:{row.line}")
+            turns = row.prompt.split(TURN)
+            beginnings = itertools.accumulate(turns, lambda before, turn: before + TURN + turn)
+            for case in {part for part in itertools.chain(turns, beginnings) if part in held_out}:
+                row.fault("held-out", f"{held_out[case]}; a test must be new to the model")
+            if same and not check:
+                row.side = "repeated"
+            # By the prompt's content alone, so that no prompt is on both sides and new rows move no old one.
+            elif int.from_bytes(hashlib.blake2b(row.prompt, digest_size=8).digest(), "big") < split * 2**64:
+                row.side = "validation"
+        yield row
+
+
+def read_held_out(path: str) -> dict[bytes, str]:
+    """Return {prompt: "test case ID of FILE"} of test cases: {"cases": [...]}, an array of cases or JSON Lines."""
+    prompts = {}
+    try:
+        text = Path(path).read_text("utf-8-sig")
+        try:
+            cases = json.loads(text)
+        except ValueError:
+            cases = [json.loads(line) for line in text.split("\n") if line.strip()]
+        for case in cases.get("cases", [cases]) if isinstance(cases, dict) else cases:
+            turns = [*(case.get("history") or []), {"role": "user", "content": case["question"]}]
+            asked = said(message for message in map(Message, turns) if message.role != "system")
+            prompts[asked] = f"test case {case.get('id')} of {path}"
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+        raise StepError(f'{path} does not hold test cases, such as {{"cases": [{{"question": "..."}}]}}.') from None
+    return prompts
+
+
+# --- what is told of all rows ---
 
 
 @dataclass
@@ -767,7 +629,6 @@ class Report:
     encoding: str
     counted: str  # "exact", "approximate" or "estimated": see TokenCounter
     price: float | None  # USD per 1M training tokens; 0.0 on the local API, None where no price is known
-    telling: Callable[[Problem], None] | None = None  # told each problem; without it `problems` keeps them
     records: int = 0
     invalid: int = 0
     duplicates: int = 0
@@ -776,6 +637,10 @@ class Report:
     messages: int = 0
     tokens: int = 0
     trained_tokens: int = 0
+    epochs: int = 0  # this and the next three: see finish
+    billed_tokens: int = 0
+    estimated_cost: float | None = None
+    tokens_per_example: dict[str, int] = field(default_factory=dict)
     system_prompt: str | None = None  # the one that every training row starts with
     ignored_columns: list[str] = field(default_factory=list)
     errors: int = 0
@@ -785,21 +650,18 @@ class Report:
     problems: list[Problem] = field(default_factory=list)
     sizes: Counter = field(default_factory=Counter)  # {tokens: how many examples have that many}
 
-    def tell(self, problem: Problem):
-        self.errors += problem.level == "error"
-        self.warnings += problem.level == "warning"
-        self.blocked |= problem.kind in FILE_ERRORS
-        (self.telling or self.problems.append)(problem)
-
     def add(self, row: Row):
-        for problem in row.problems:
-            self.tell(problem)
-        self.records += row.side != ""
+        self.errors += sum(problem.level == "error" for problem in row.problems)
+        self.warnings += sum(problem.level == "warning" for problem in row.problems)
+        self.blocked |= any(problem.kind in BLOCKING for problem in row.problems)
+        self.records += row.side != "file"
         self.invalid += row.side == "rejected"
         self.duplicates += row.side == "repeated"
         self.validation_examples += row.side == "validation"
         if isinstance(row.record, dict) and "messages" not in row.record and row.side != "rejected":
-            self.ignored_columns += row.record.keys() - {*sum(SHAPES, ()), *NOT_WRITTEN, *self.ignored_columns}
+            shape = next(shape for shape in SHAPES if row.record.keys() >= {*shape})
+            ignored = {ANY_SECRET.sub("[secret]", key) for key in row.record.keys() - {*shape, *NOT_WRITTEN}}
+            self.ignored_columns += sorted(ignored - {*self.ignored_columns})
         if row.side == "training" and row.example:
             first = row.example.messages[0]
             system = first.content if first.role == "system" and isinstance(first.content, str) else None
@@ -810,29 +672,16 @@ class Report:
             self.trained_tokens += row.trained_tokens
             self.sizes[row.tokens] += 1
 
-    @property
-    def epochs(self) -> int:
-        return auto_epochs(self.examples)
-
-    @property
-    def billed_tokens(self) -> int:
-        return self.tokens * self.epochs
-
-    @property
-    def estimated_cost(self) -> float | None:
-        return self.cost(self.epochs)
+    def finish(self):
+        self.epochs = auto_epochs(self.examples)
+        self.billed_tokens, self.estimated_cost = self.tokens * self.epochs, self.cost(self.epochs)
+        sizes, last = sorted(self.sizes.elements()) or [0], max(0, self.examples - 1)
+        shares = {"min": 0.0, "median": 0.5, "p95": 0.95, "max": 1.0}
+        self.tokens_per_example = {name: sizes[int(share * last)] for name, share in shares.items()}
 
     def cost(self, epochs: int) -> float | None:
         """USD for this many epochs; None where no price is known."""
         return None if self.price is None else self.tokens * epochs * self.price / 1e6
-
-    def tokens_per_example(self) -> dict[str, int]:
-        sizes = sorted(self.sizes)
-        up_to = list(itertools.accumulate(self.sizes[size] for size in sizes))  # examples of at most this size
-        shares = {"min": 0.0, "median": 0.5, "p95": 0.95, "max": 1.0}
-        return {
-            name: sizes[bisect_left(up_to, share * self.examples)] if sizes else 0 for name, share in shares.items()
-        }
 
 
 def auto_epochs(examples: int) -> int:
@@ -846,13 +695,31 @@ def auto_epochs(examples: int) -> int:
 
 
 def training_price(model: str) -> float | None:
-    """USD per 1M training tokens: 0.0 on the local API, None where no price is known."""
-    host = urlsplit(os.environ.get("OPENAI_BASE_URL") or "https://api.openai.com/v1").hostname or ""
-    if host in ("localhost", "::1") or host.startswith("127."):
+    """USD per 1M training tokens: 0.0 on the local API, None where no price is known. StepError: no such address."""
+    base_url, name = os.environ.get("OPENAI_BASE_URL"), base_model(model)
+    try:
+        host = urlsplit(base_url or "https://api.openai.com/v1").hostname or ""
+    except ValueError:
+        raise StepError("OPENAI_BASE_URL is no address such as http://127.0.0.1:8321/v1.") from None
+    if host in ("localhost", "::1") or host.startswith("127.") or (name in LOCAL_MODELS and not base_url):
         return 0.0
-    name = base_model(model)  # also without its date: gpt-4.1-mini
     known = [price for dated, price in PRICES.items() if dated == name or dated.startswith(name + "-20")]
     return known[0] if known and host == "api.openai.com" else None
+
+
+def judged_whole(file: str, size: int, report: Report, validation_split: float) -> Row:
+    """Return a row with the faults of a training file of `size` bytes as a whole."""
+    row = Row("file", file, None, None)
+    if report.examples < MIN_EXAMPLES:
+        row.fault("too-few-examples", f"{report.examples} valid examples; training takes {MIN_EXAMPLES} or more")
+    elif report.examples < ADVISED_EXAMPLES:
+        row.fault("few-examples", f"{report.examples} examples; with fewer than {ADVISED_EXAMPLES} little is learnt")
+    if validation_split and not report.validation_examples:
+        row.fault("too-few-examples", f"no prompt falls into a validation split of {validation_split}; raise it")
+    if size > MAX_FILE_BYTES:
+        over = f"{size / 2**20:,.0f} MB, and an upload may have {MAX_FILE_BYTES // 2**20}"
+        row.fault("file-too-large", f"{over}; train on parts in turn, or see client.uploads.upload_file_chunked")
+    return row
 
 
 # --- writing ---
@@ -862,23 +729,21 @@ def render(value: Any) -> str:
     return JSON_ENCODER.encode(value)
 
 
-class AtomicFile:
+class AtomicFile(AbstractContextManager):
     """A file that appears whole or not at all: written beside its target, synced, and renamed over it."""
 
     def __init__(self, path: str):
         self.name, self.path = path, Path(os.path.realpath(path))  # the file that a link leads to, not the link
         self.temporary = self.path.with_name(f".{self.path.name}.{os.getpid()}.tmp")
-        if self.path.is_dir():
-            raise StepError(f"{path} is a folder; name a file.")
+        if os.path.exists(path) and not os.path.isfile(path):  # renaming would put a file in the place of /dev/null
+            raise StepError(f"{path} is a folder, a device or a pipe; name a file.")
         if not os.access(self.path.parent, os.W_OK):
             raise StepError(f"{path} cannot be written: its folder is missing or read-only; name another file.")
-        self.file = open(self.temporary, "wb", buffering=CHUNK_BYTES)  # noqa: SIM115 (closed in __exit__)
-
-    def __enter__(self) -> "AtomicFile":
-        return self
+        self.file = open(self.temporary, "wb")  # noqa: SIM115 (closed in __exit__)
 
     def __exit__(self, *_):
-        self.file.close()
+        with suppress(OSError):  # on a full disk this fails as the last write did
+            self.file.close()
         self.temporary.unlink(missing_ok=True)
 
     def commit(self) -> str:
@@ -891,24 +756,17 @@ class AtomicFile:
             if filecmp.cmp(self.path, self.temporary, shallow=False):
                 return "already up to date"
             shutil.copymode(self.path, self.temporary)
-            outcome = f"written; the one that stood there is kept as {self.keep_old()}"
+            names = (self.path.with_name(f"{self.path.name}.bak{number or ''}") for number in itertools.count())
+            kept = next(name for name in names if not name.exists())
+            shutil.copy2(self.path, kept)  # it keeps its own name, too, until the new one takes it
+            outcome = f"written; the one that stood there is kept as {kept.name}"
         os.replace(self.temporary, self.path)
         return outcome
-
-    def keep_old(self) -> str:
-        """Give the old file a second name; its own it keeps until the rename."""
-        names = (self.path.with_name(f"{self.path.name}.bak{number or ''}") for number in itertools.count())
-        kept = next(name for name in names if not name.exists())
-        try:
-            os.link(self.path, kept)
-        except OSError:  # a file system that has no links
-            shutil.copy2(self.path, kept)
-        return kept.name
 
 
 def save_to_jsonl(examples: Iterable[dict], path: str) -> str:
     """Write examples as JSON Lines, whole or not at all; return what became of the file, as AtomicFile.commit does."""
-    with explained_file_errors(), AtomicFile(path) as output:
+    with AtomicFile(path) as output:
         for example in examples:
             output.file.write(render(example).encode() + b"\n")
         return output.commit()
@@ -934,15 +792,13 @@ class TrainingDataPreparator:
 
     def validate_example(self, example: dict) -> list[Problem]:
         """Return what is wrong with one example, judged as it would be uploaded; an empty list if nothing is."""
-        rows = self.judge([("example", 1, example, "")], check=True)
-        return [problem for row in rows for problem in row.problems]
+        return self.judge_block([Row("training", "example", 1, example)], check=True)[0].problems
 
     def count_tokens(self, what: str | list[dict] | dict) -> int:
         """Return the tokens of a text, of a list of messages, or of an example with its messages and tools."""
         if isinstance(what, str):
-            return self.counter.count([what])[what]
-        example = Example(what if isinstance(what, dict) else {"messages": what})
-        return self.counter.example_tokens(example, self.counter.count(example.texts))[0]
+            return self.counter.count(what)
+        return self.counter.count_example(Example(what if isinstance(what, dict) else {"messages": what}), {})[0]
 
     def prepare_data(
         self,
@@ -956,115 +812,115 @@ class TrainingDataPreparator:
         held_out: str | None = None,
         rejected: str | None = None,
         tell: Callable[[Problem], None] | None = None,
-        progress: Callable[[int], None] | None = None,
     ) -> Report:
         """Judge `inputs` (a path, or a list of paths or records); write what can be trained on to `output`, if given.
 
         With `check` the inputs are judged as an upload would be, and with them the validation file that
-        validation_output names. Each Problem goes to `tell`, or into Report.problems; `progress` is called now and then
-        with the number of records. Prints nothing. Raises StepError for a file that cannot be read or written.
+        validation_output names. Each Problem goes to `tell`, or into Report.problems. Raises OSError for a file that
+        cannot be read or written, StepError for one that is not UTF-8 or holds no test cases.
         """
         given = inputs if isinstance(inputs, list) else [inputs]
-        report = Report(self.model, self.counter.encoding_name, self.counter.counted, training_price(self.model), tell)
-        comparer = Comparer(held_out, validation_split, check)
+        rows = rows_of(given, "training", check)
+        if check and validation_output:
+            rows = itertools.chain(rows, rows_of([validation_output], "validation", check))
+        names = [os.fspath(item) for item in given if isinstance(item, (str, os.PathLike))]
         paths = {"training": output, "validation": validation_split and validation_output, "rejected": rejected}
-        sources = {"training": given} | ({"validation": [validation_output]} if check and validation_output else {})
-        with explained_file_errors(), ExitStack() as stack:
-            files = {side: stack.enter_context(AtomicFile(path)) for side, path in paths.items() if path and not check}
-            for source, records in sources.items():
-                for row in self.judge(records_of(records, check), check):
-                    comparer.sort(row, source)
-                    report.add(row)
-                    if row.side in files:
-                        files[row.side].file.write(row.as_rejected() if row.side == "rejected" else row.data)
-                    if progress and report.records % 1000 == 0:
-                        progress(report.records)
-            names = [os.fspath(item) for item in given if isinstance(item, (str, os.PathLike))]
+        report = Report(self.model, self.counter.encoding_name, self.counter.counted, training_price(self.model))
+        tell = tell or report.problems.append
+
+        def whole() -> Iterator[Row]:  # after all the rows
             size = files["training"].file.tell() if output else max(map(os.path.getsize, names), default=0)
-            for kind, message in file_faults(report, size, validation_split):
-                report.tell(Problem(output or (names or ["examples"])[0], None, LEVELS[kind], kind, message))
+            yield judged_whole(output or (names or ["examples"])[0], size, report, validation_split)
+
+        with ExitStack() as stack:
+            cases = read_held_out(held_out) if held_out else {}
+            files = {side: stack.enter_context(AtomicFile(path)) for side, path in paths.items() if path and not check}
+            judged = compared(self.judged(rows, check), cases, validation_split, check)
+            for row in itertools.chain(judged, whole()):
+                report.add(row)
+                for problem in row.problems:
+                    tell(problem)
+                if row.side in files:
+                    files[row.side].file.write(row.data)
+                if report.records % 1000 == 0 and sys.stderr and sys.stderr.isatty():
+                    print(f"{report.records:,} records\r", end="", file=sys.stderr, flush=True)
+            report.finish()
             if not report.blocked and not (strict and report.invalid):
                 report.written = {file.name: file.commit() for file in files.values()}
         return report
 
-    def judge(self, records: Iterable[tuple[str, int, Any, str]], check: bool) -> Iterator[Row]:
-        """Yield a row for each (file, line, value, text), in order; threads count the tokens, block by block."""
+    def judged(self, rows: Iterator[Row], check: bool) -> Iterator[Row]:
+        """Judge rows in order, a block of them to a thread: while tiktoken counts in one, others run."""
         from concurrent.futures import ThreadPoolExecutor  # imported here, so that --help does not wait for it
 
-        threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        threads = min(8, os.cpu_count() or 1)
         waiting: deque = deque()
-        block, size = [], 0
         with ThreadPoolExecutor(threads) as pool:
-            for record in records:
-                row = self.judged_row(Row(*record), check)
-                block.append(row)
-                size += 1000 + len(row.data)
-                if size > BLOCK_BYTES:
-                    waiting.append(pool.submit(self.count_block, block))
-                    block, size = [], 0
+            while block := list(itertools.islice(rows, BLOCK_ROWS)):
+                waiting.append(pool.submit(self.judge_block, block, check))
                 if len(waiting) > threads:
                     yield from waiting.popleft().result()
             while waiting:
                 yield from waiting.popleft().result()
-        yield from self.count_block(block)
 
-    def judged_row(self, row: Row, check: bool) -> Row:
-        is_example = check and isinstance(row.record, dict)
-        example = row.record if is_example or isinstance(row.record, Fault) else to_example(row.record, self.system)
-        if isinstance(example, Fault):
-            row.fault(example.kind, example.message)
-            return row
-        try:
-            row.example = Example(example)
-            added = any(message.raw is self.system for message in row.example.messages[:1])
-            first = (0 if added else 1) if "messages" in row.record else None  # the reader's own messages count from 1
-            for fault in faults_in(row.example, first):
-                row.fault(fault.kind, fault.message)
-            # A line that stays as it is need not be made again. Escapes are made again: half characters hide in them.
-            is_line = example is row.record and row.text and "\n" not in row.text and "\\u" not in row.text
-            row.data = (row.text if is_line else render(example)).encode() + b"\n"
-        except UnicodeEncodeError:
-            row.fault("lone-surrogate", "the text holds half of a character (\\ud800 to \\udfff); delete or mend it")
-        except RecursionError:
-            row.record = None  # --rejected could not write it either
-            row.fault("invalid-json", "the record is nested too deeply")
-        except ValueError:
-            row.fault("invalid-json", "a number is not finite, which JSON cannot say; write another or delete it")
-        return row
-
-    def count_block(self, rows: list[Row]) -> list[Row]:
-        limit = TOKEN_LIMITS.get(base_model(self.model), TOKEN_LIMIT)
-        examples = [(row, row.example) for row in rows if row.example and not row.example.has_blank_run]
-        counts = self.counter.count(text for _, example in examples for text in example.texts)
-        for row, example in examples:
-            row.tokens, row.trained_tokens = self.counter.example_tokens(example, counts)
+    def judge_block(self, rows: list[Row], check: bool) -> list[Row]:
+        """Find the faults of each row by itself, count its tokens, and make the line to write of it."""
+        for row in rows:
+            self.judge(row, check)
+        examples = [row.example for row in rows if row.example]
+        texts = (text for example in examples for message in example.messages for text in message.all_texts)
+        counts = self.counter.count_each(texts)
+        limit = LOCAL_MODELS.get(base_model(self.model), TOKEN_LIMIT)
+        for row in rows:
+            if row.example:
+                row.tokens, row.trained_tokens = self.counter.count_example(row.example, counts)
             if row.tokens > limit:
                 over = f"{row.tokens:,} tokens, of which {self.model} reads the first {limit:,}"
                 row.fault("too-many-tokens", f"{over}: the end, which is the answer, would be cut off; shorten it")
+            errors = [f"{problem.kind}: {problem.message}" for problem in row.problems if problem.level == "error"]
+            if errors:
+                record = row.record.text if isinstance(row.record, Fault) else row.record
+                rejected = {"file": row.file, "line": row.line, "errors": errors, "record": record}
+                row.side, row.data, row.keys = "rejected", json.dumps(rejected).encode() + b"\n", ()
         return rows
 
+    def judge(self, row: Row, check: bool):
+        example = to_example(row.record, self.system, check)
+        try:
+            if isinstance(example, Fault):
+                row.fault(example.kind, example.message)
+            else:
+                self.judge_example(row, Example(example))
+        except UnicodeEncodeError:
+            row.fault("lone-surrogate", "the text holds half of a character (\\ud800 to \\udfff); delete or mend it")
+        except (ValueError, RecursionError):
+            row.record = None  # --rejected could not write it either
+            row.fault("invalid-json", "a number is not finite, or the record is nested too deeply")
 
-def records_of(inputs: list, check: bool) -> Iterator[tuple[str, int, Any, str]]:
-    """Yield (file, line, value, text) for each record of a list of paths, or of records."""
+    def judge_example(self, row: Row, example: Example):
+        row.example, messages = example, example.messages
+        for kind, find, sentence in RULES["example"]:
+            if found := find(example):
+                row.fault(kind, sentence.format(found))
+        for number, message in enumerate(messages, 0 if messages[0].raw is self.system else 1):  # 1: the reader's first
+            for kind, find, sentence in RULES_FOR[message.role]:
+                if found := find(message):
+                    row.fault(kind, f"message {number}: {sentence.format(found)}")
+        row.data = render(example.raw).encode() + b"\n"
+        last = max((n for n, message in enumerate(messages) if message.role == "assistant"), default=0)
+        row.prompt = said(message for message in messages[:last] if message.role != "system")
+        row.system = said(message for message in messages if message.role == "system")
+        asked = row.prompt, row.system, json.dumps(example.raw.get("tools"))
+        row.keys = hash(asked), hash((asked, said(messages[last:]))), hash(row.data)
+
+
+def rows_of(inputs: list, side: str, check: bool) -> Iterator[Row]:
+    """Yield a row for each record of a list of paths, or of records."""
     for number, given in enumerate(inputs, 1):
         if isinstance(given, (str, os.PathLike)):
-            yield from ((os.fspath(given), *record) for record in read_records(os.fspath(given), check))
+            yield from (Row(side, os.fspath(given), *found) for found in read_records(os.fspath(given), check))
         else:
-            yield "examples", number, given, ""
-
-
-def file_faults(report: Report, size: int, validation_split: float) -> Iterator[Fault]:
-    """Yield what is wrong with a training file of `size` bytes as a whole."""
-    if report.examples < MIN_EXAMPLES:
-        yield Fault("too-few-examples", f"{report.examples} valid examples; training takes {MIN_EXAMPLES} or more")
-    elif report.examples < ADVISED_EXAMPLES:
-        yield Fault("few-examples", f"{report.examples} examples; with fewer than {ADVISED_EXAMPLES} little is learnt")
-    if validation_split and not report.validation_examples:
-        yield Fault("too-few-examples", f"no prompt falls into a validation split of {validation_split}; raise it")
-    if size > MAX_FILE_BYTES:
-        over = f"{size / 2**20:,.0f} MB, and an upload may have {MAX_FILE_BYTES // 2**20}"
-        cure = "train on parts of it in turn, or send it in parts (client.uploads.upload_file_chunked)"
-        yield Fault("file-too-large", f"{over}; {cure}")
+            yield Row(side, "examples", number, given)
 
 
 def validate_training_data(examples: Iterable[dict]) -> list[Problem]:
@@ -1074,7 +930,10 @@ def validate_training_data(examples: Iterable[dict]) -> list[Problem]:
 
 def check_training_file(path: str, model: str | None = None, validation_file: str | None = None) -> Report:
     """Judge a training file, and with it a validation file, as --check does. StepError where one cannot be read."""
-    return TrainingDataPreparator(model).prepare_data(path, check=True, validation_output=validation_file)
+    try:
+        return TrainingDataPreparator(model).prepare_data(path, check=True, validation_output=validation_file)
+    except OSError as error:
+        raise StepError(f"{error.filename}: {error.strerror}.") from None
 
 
 # --- the command line ---
@@ -1088,7 +947,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--check", action="store_true", help=f"judge INPUT (default: {DEFAULT_OUTPUT}) as an upload; write nothing")
     add("--system", default=SYSTEM_PROMPT, metavar="TEXT", help="system message where a record has none")
     add("--model", help=f"base model (default: FINE_TUNE_MODEL, else {DEFAULT_MODEL})")
-    add("--validation-split", type=share, default=0.0, metavar="F", help="set this share of the prompts apart, say 0.1")
+    add("--validation-split", type=float, default=0.0, metavar="F", help="set this share of the prompts apart, say 0.1")
     where = f"where to (default: {DEFAULT_VALIDATION_OUTPUT}); with --check: a validation file to judge too"
     add("--validation-output", metavar="FILE", help=where)
     cases = "test cases that training must not see (default: test_cases.json beside INPUT, if there)"
@@ -1099,106 +958,94 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def share(text: str) -> float:
-    if not 0 < float(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not between 0 and 1")
-    return float(text)
-
-
-def run(args: argparse.Namespace) -> int:
+def set_defaults(args: argparse.Namespace):
+    """Put in what was not given, and refuse what does not go together."""
     if args.check and (args.output or args.rejected or args.validation_split):
         raise StepError("--check writes nothing: leave -o, --rejected and --validation-split away.")
     if args.validation_output and not (args.check or args.validation_split):
         raise StepError("--validation-output needs --validation-split, the share that goes there.")
+    if not 0 <= args.validation_split < 1:
+        raise StepError(f"--validation-split {args.validation_split} is not between 0 and 1.")
     tutorial = DEFAULT_INPUT if os.path.exists(DEFAULT_INPUT) else str(HERE / DEFAULT_INPUT)
-    inputs = args.inputs or [DEFAULT_OUTPUT if args.check else tutorial]
-    output = None if args.check else args.output or DEFAULT_OUTPUT
-    validation_output = args.validation_output or (DEFAULT_VALIDATION_OUTPUT if args.validation_split else None)
-    beside = os.path.join(os.path.dirname(inputs[0]), "test_cases.json")
-    held_out = args.held_out or (beside if os.path.exists(beside) else None)
-    refuse_overwriting([*inputs, held_out], [] if args.check else [output, validation_output, args.rejected])
-    options = {"check": args.check, "strict": args.strict, "validation_split": args.validation_split}
-    options |= {"validation_output": validation_output, "held_out": held_out, "rejected": args.rejected}
-    if not args.json:
-        options["tell"] = lambda problem: print(problem, file=sys.stderr)
-    if sys.stderr.isatty():
-        options["progress"] = lambda records: print(f"{records:,} records\r", end="", file=sys.stderr, flush=True)
-    report = TrainingDataPreparator(args.model, args.system).prepare_data(inputs, output, **options)
-    if args.json:
-        print(json.dumps(as_document(report), indent=2))
-    else:
-        print_report(report, held_out)
-        print_outcome(report, args, validation_output)
-    return 1 if report.blocked or (args.check and report.errors) or (args.strict and report.invalid) else 0
-
-
-def refuse_overwriting(read: list, written: list):
-    seen = {os.path.realpath(path) for path in read if path}
-    for path in filter(None, written):
-        if os.path.realpath(path) in seen:
+    args.inputs = args.inputs or [DEFAULT_OUTPUT if args.check else tutorial]
+    args.output = args.output or (None if args.check else DEFAULT_OUTPUT)
+    args.validation_output = args.validation_output or (DEFAULT_VALIDATION_OUTPUT if args.validation_split else None)
+    beside = os.path.join(os.path.dirname(args.inputs[0]), "test_cases.json")
+    if not args.held_out and os.path.isfile(beside):
+        try:
+            read_held_out(beside)
+            args.held_out = beside
+        except StepError as error:  # the reader did not name it: it may be another's file
+            print(f"warning: {error} Nothing is compared with it.", file=sys.stderr)
+    read, written = [*args.inputs, args.held_out], [args.output, args.validation_output, args.rejected]
+    known: set = {os.path.realpath(path) for path in read if path}
+    for path in written if not args.check else []:
+        if path and os.path.realpath(path) in known:
             raise StepError(f"{path} is read or written already in this run; name another output with -o, or --check.")
-        seen.add(os.path.realpath(path))
+        known.add(path and os.path.realpath(path))
 
 
-def as_document(report: Report) -> dict:
-    """What --json prints."""
-    document = {key: value for key, value in vars(report).items() if key not in ("problems", "sizes", "telling")}
-    document["tokens_per_example"] = report.tokens_per_example()
-    document |= {"epochs": report.epochs, "billed_tokens": report.billed_tokens, "prices_as_of": PRICES_DATE}
-    document |= {"estimated_cost": report.estimated_cost, "problems": [p._asdict() for p in report.problems]}
-    return document
-
-
-def print_report(report: Report, held_out: str | None):
-    how = {"exact": "", "approximate": f", approximate: tiktoken does not know {report.model}"}
-    sizes = ", ".join(f"{name} {size:,}" for name, size in report.tokens_per_example().items())
-    cost = f"no price known for {report.model}"
-    if report.price is not None:
+def print_report(report: Report, args: argparse.Namespace):
+    counted = {"exact": "", "approximate": f", approximate: tiktoken does not know {report.model}"}
+    sizes = ", ".join(f"{name} {size:,}" for name, size in report.tokens_per_example.items())
+    cost = "free: the local API trains it here" if report.price == 0 else f"no price known for {report.model}"
+    if report.price:
         rate = f"{report.model}: ${report.price:.2f} per 1M tokens, as of {PRICES_DATE}"
-        cost = f"${report.estimated_cost:,.2f} ({rate})" if report.price else "free: the local API trains it here"
-    lines = [
-        ("Records", f"{report.records:,}: {report.records - report.invalid:,} valid, {report.invalid:,} invalid"),
-        ("Left out", report.duplicates and f"{report.duplicates:,} exact duplicates"),
-        ("Ignored columns", named(report.ignored_columns)),
-        ("Examples", f"{report.examples:,}"),
-        ("  for validation", report.validation_examples and f"{report.validation_examples:,} others"),
-        ("Messages", f"{report.messages:,}"),
-        ("Tokens", f"{report.tokens:,} ({report.encoding}{how.get(report.counted, ', estimated: bytes / 4')})"),
-        ("  per example", "\n".join([sizes, *histogram(report.sizes)])),
-        ("  trained on", f"{report.trained_tokens:,} (assistant messages of weight 1)"),
-        ("  billed", f"{report.billed_tokens:,} ({report.epochs} epochs, as `auto` chooses)"),
-        ("Estimated cost", cost),
-        ("Test cases", held_out and f"{held_out} (compared with the training data)"),
-        ("Problems", f"errors {report.errors:,}, warnings {report.warnings:,}"),
-    ]
-    for name, value in lines:
-        if value:
-            print(f"{name:<17}{value}")
-
-
-def histogram(sizes: Counter, bars: int = 8) -> Iterator[str]:
-    """Yield a line for each bar: its range of tokens and how many examples are in it."""
-    low, high = min(sizes, default=0), max(sizes, default=0)
-    step = (high - low) // bars + 1
-    heights = [sum(sizes[n] for n in sizes if start <= n < start + step) for start in range(low, high + 1, step)]
-    for number, height in enumerate(heights if sizes else []):
-        bounds = f"{low + number * step:,}-{low + number * step + step - 1:,}"
-        yield f"{bounds:>19}  {'#' * math.ceil(40 * height / max(heights))} {height:,}"
-
-
-def print_outcome(report: Report, args: argparse.Namespace, validation_output: str | None):
-    print("\n".join(["", *(f"{path}: {outcome}" for path, outcome in report.written.items())]))
+        cost = f"${report.estimated_cost:,.2f} ({rate}); the local API trains for free"
+    lines = {
+        "Records": f"{report.records:,}: {report.records - report.invalid:,} valid, {report.invalid:,} invalid",
+        "Left out": report.duplicates and f"{report.duplicates:,} exact duplicates",
+        "Ignored columns": named(report.ignored_columns),
+        "Examples": f"{report.examples:,}",
+        "  for validation": report.validation_examples and f"{report.validation_examples:,} others",
+        "Messages": f"{report.messages:,}",
+        "Tokens": f"{report.tokens:,} ({report.encoding}{counted.get(report.counted, ', estimated: bytes / 4')})",
+        "  per example": "\n".join([sizes, *histogram(report.sizes)]),
+        "  trained on": f"{report.trained_tokens:,} (assistant messages of weight 1)",
+        "  billed": f"{report.billed_tokens:,} ({report.epochs} epochs, as `auto` chooses)",
+        "Estimated cost": cost,
+        "Test cases": args.held_out and f"{args.held_out} (compared with the training data)",
+        "Problems": f"errors {report.errors:,}, warnings {report.warnings:,}",
+    }
+    print("".join(f"{name:<17}{value}\n" for name, value in lines.items() if value))
+    for path, outcome in report.written.items():
+        print(f"{path}: {outcome}")
     if report.written:
-        validation = f" --validation-file {shlex.quote(validation_output or '')}" if report.validation_examples else ""
-        print(f"Next: python fine_tune.py{' ' + shlex.quote(args.output) if args.output else ''}{validation}")
+        files = [args.output] if args.output != DEFAULT_OUTPUT else []
+        files += ["--validation-file", args.validation_output] if report.validation_examples else []
+        print("Next: python fine_tune.py", *map(shlex.quote, files))
     elif args.check:
         print("This file cannot be trained on as it is." if report.errors else "No errors: this file can be uploaded.")
     else:
         print("Nothing was written: correct the errors and run this again.")
 
 
+def histogram(sizes: Counter, bars: int = 8) -> Iterator[str]:
+    """Yield a line for each bar: its range of tokens and how many examples are in it."""
+    low, high = min(sizes, default=0), max(sizes, default=0)
+    step = (high - low) // bars + 1
+    heights = {start: sum(sizes[n] for n in range(start, start + step)) for start in range(low, high + 1, step)}
+    for start, height in heights.items() if sizes else ():
+        bar = "#" * math.ceil(40 * height / max(heights.values()))
+        yield f"{f'{start:,}-{start + step - 1:,}':>19}  {bar} {height:,}"
+
+
+def run(args: argparse.Namespace) -> int:
+    set_defaults(args)
+    options = {name: value for name, value in vars(args).items() if name not in ("model", "system", "json")}
+    tell = None if args.json else lambda problem: print(problem, file=sys.stderr)
+    report = TrainingDataPreparator(args.model, args.system).prepare_data(**options, tell=tell)
+    if args.json:
+        document = {name: value for name, value in vars(report).items() if name != "sizes"}
+        problems = [problem._asdict() for problem in report.problems]
+        print(json.dumps(document | {"prices_as_of": PRICES_DATE, "problems": problems}, indent=2))
+    else:
+        print_report(report, args)
+    return 1 if report.blocked or (args.check and report.errors) or (args.strict and report.invalid) else 0
+
+
 def main(argv: list[str] | None = None) -> int:
-    args = build_parser().parse_args(argv)
+    args = build_parser().parse_intermixed_args(argv)
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")  # a terminal without UTF-8 must not end the run
@@ -1216,6 +1063,9 @@ def main(argv: list[str] | None = None) -> int:
     except BrokenPipeError:  # the reader of stdout, such as head, has had enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except OSError as error:
+        print(f"{error.filename or 'Reading or writing failed'}: {error.strerror or error}.", file=sys.stderr)
+        return 2
 
 
 if __name__ == "__main__":

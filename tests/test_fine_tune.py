@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -85,6 +86,10 @@ def record() -> dict:
     return json.loads(Path("fine_tune_job.json").read_text(encoding="utf-8"))
 
 
+def earlier_records() -> list[dict]:
+    return [json.loads(path.read_text(encoding="utf-8")) for path in Path("fine_tune_jobs").glob("*.json")]
+
+
 def everything_written(folder: Path) -> str:
     return "".join(path.read_text(encoding="utf-8", errors="replace") for path in folder.rglob("*") if path.is_file())
 
@@ -101,7 +106,6 @@ def test_transcript_and_record(api, capsys):
     assert written["base_url"] == api.base_url
     assert written["hyperparameters"] == {}
     assert written["system_prompt"] == "You are a helpful assistant."
-    assert written["training_file_bytes"] == len(api.contents["file-0001"])
     job = api.jobs["ftjob-0002"]
     assert "n_epochs" not in str(next(request.body for request in api.requests if request.name.endswith("/jobs")))
     assert job["metadata"][fine_tune.TOKEN] == written["token"]
@@ -121,7 +125,7 @@ def test_other_options_make_a_new_job_and_keep_the_old_record(api):
     first = record()
     assert fine_tune.main(["--n-epochs", "4", "--suffix", "bot", "--seed", "5", "--batch-size", "2"]) == 0
     assert len(api.files) == 1, "the same bytes are not sent twice"
-    assert json.loads(Path("fine_tune_jobs", f"{first['job_id']}.json").read_text()) == first
+    assert earlier_records() == [first]
     body = api.requests[-1].body
     assert body["hyperparameters"] == {"n_epochs": 4, "batch_size": 2}
     assert (body["suffix"], body["seed"]) == ("bot", 5)
@@ -136,7 +140,7 @@ def test_options_of_an_earlier_job_bring_that_job_back(api, capsys):
     assert record() == first, "steps 3 to 5 go on with it"
     assert f"Job ID: {first['job_id']}" in capsys.readouterr().out
     assert len(api.jobs) == 2
-    assert json.loads(Path("fine_tune_jobs", f"{second['job_id']}.json").read_text()) == second
+    assert second in earlier_records()
 
 
 def test_other_bytes_make_a_new_upload_and_job(api):
@@ -146,14 +150,14 @@ def test_other_bytes_make_a_new_upload_and_job(api):
     assert (len(api.files), len(api.jobs)) == (2, 2)
 
 
-@pytest.mark.parametrize("status", ["failed", "cancelled", "canceled", "FAILED"])
+@pytest.mark.parametrize("status", ["failed", "cancelled", "canceled", "FAILED", "Failed Validation"])
 def test_a_dead_job_is_followed_by_a_new_one(api, status):
     assert fine_tune.main([]) == 0
     dead = record()["job_id"]
     api.jobs[dead]["status"] = status
     assert fine_tune.main([]) == 0
     assert record()["job_id"] != dead
-    assert Path("fine_tune_jobs", f"{dead}.json").exists()
+    assert [earlier["job_id"] for earlier in earlier_records()] == [dead]
     assert len(api.files) == 1
 
 
@@ -168,6 +172,20 @@ def test_a_file_the_server_has_no_more_is_sent_again(api):
     api.files.clear()
     assert fine_tune.main(["--n-epochs", "2"]) == 0
     assert (api.calls("POST /files"), len(api.jobs)) == (2, 2)
+
+
+@pytest.mark.parametrize("status", [404, 405, 501])
+def test_a_server_that_only_lists_its_files_is_sent_none_twice(api, no_sleep, status):
+    assert fine_tune.main([]) == 0
+    api.fault("GET /files/*", str(status), times=9)
+    assert fine_tune.main(["--n-epochs", "2"]) == 0
+    assert (len(api.files), len(api.jobs)) == (1, 2)
+
+
+def test_an_upload_s_name_is_one_that_every_server_keeps(api):
+    shutil.copy("training_data.jsonl", 'my "großer"\n name.jsonl')
+    assert fine_tune.main(['my "großer"\n name.jsonl']) == 0
+    assert re.fullmatch(r"[\w.-]+\.jsonl", next(iter(api.files.values()))["filename"], re.ASCII)
 
 
 def test_quiet_prints_the_id_alone(api, capsys):
@@ -186,11 +204,10 @@ def test_validation_file_and_extra(api, capsys):
     assert set(body["metadata"]) == {"team", fine_tune.TOKEN}
 
 
-def test_for_other_code(api, capsys):
+def test_for_other_code(api):
     job_id = fine_tune.start_fine_tuning("training_data.jsonl", None, "bot")
     assert job_id == fine_tune.start_fine_tuning("training_data.jsonl", suffix="bot")
-    assert capsys.readouterr().out == ""
-    tuner = fine_tune.FineTuner(say=lambda line: None)
+    tuner = fine_tune.FineTuner()
     assert tuner.create_job("training_data.jsonl", suffix="bot") == job_id
     assert tuner.monitor_progress().startswith("ft:gpt-4.1-mini-2025-04-14:")
 
@@ -230,18 +247,8 @@ def test_a_copy_that_stands_alone_says_what_it_leaves_out(api, tmp_path):
     shutil.copy(SCRIPT, alone)
     done = run_script([], script=alone)
     assert done.returncode == 0, done.stderr
-    assert "prepare_training_data.py is not beside" in done.stderr
+    assert "not checked, no cost estimated" in done.stderr
     assert len(api.jobs) == 1
-    assert record()["system_prompt"] == "You are a helpful assistant."
-
-
-@pytest.mark.parametrize("second", ["You are another.", None, 7])
-def test_rows_that_share_no_system_prompt(second):
-    row = chat_row(2) if second else {"messages": [{"role": "user", "content": "?"}]}
-    row["messages"][0]["content"] = second
-    content = (json.dumps(chat_row(1)) + "\n\n" + json.dumps(row) + "\n").encode()
-    assert fine_tune.shared_system_prompt(content) is None
-    assert fine_tune.shared_system_prompt(b"[]\n") is fine_tune.shared_system_prompt(b"") is None
 
 
 def files_here() -> dict:
@@ -258,11 +265,11 @@ def test_a_dry_run_changes_nothing_and_always_checks(api, no_sleep, capsys, unan
         assert fine_tune.main(["--n-epochs", "2"]) == 0
     before, posts = files_here(), api.calls("POST *")
     capsys.readouterr()
-    for argv, words in ((["--n-epochs", "3"], "would upload"), ([], "would go on with job ftjob-0002")):
+    for argv in (["--n-epochs", "3"], []):
         assert fine_tune.main(["--dry-run", *argv]) == 0
         captured = capsys.readouterr()
         assert "Data:  12 examples" in captured.err and "Cost:" in captured.err
-        assert words in captured.out and captured.out.endswith("Nothing was sent.\n")
+        assert captured.out == "Dry run: nothing was sent.\n"
     assert (files_here(), api.calls("POST *")) == (before, posts)
 
 
@@ -398,11 +405,10 @@ def drop_second_create(api):
     return after
 
 
-def test_a_request_that_never_arrived_is_sent_again_only_after_its_time(api, no_sleep):
+def test_a_request_that_never_arrived_is_sent_again_only_after_its_time(api):
     api.fault("POST /fine_tuning/jobs", "drop before")
     assert fine_tune.main([]) == 4
-    assert "job" in record()["unanswered"]
-    sent = record()["unanswered"]["job"]
+    sent = record()["unanswered"]["job_id"]
     assert fine_tune.main([]) == 0
     assert len(api.jobs) == 1
     assert time.time() - sent >= 0.4, "the server had the whole timeout to carry it out"
@@ -416,16 +422,50 @@ def test_an_answer_that_never_came_is_found_even_with_other_options(api, no_slee
     assert fine_tune.main(["--n-epochs", "2"]) == 0
     lost = next(iter(api.jobs))
     assert lost in capsys.readouterr().err
-    assert json.loads(Path("fine_tune_jobs", f"{lost}.json").read_text())["job_id"] == lost
+    assert [earlier["job_id"] for earlier in earlier_records()] == [lost]
 
 
-def test_a_server_that_lists_nothing_gets_no_second_request(api, no_sleep, capsys):
-    api.fault("POST /fine_tuning/jobs", "drop after")
-    api.fault("GET /fine_tuning/jobs", "404", times=9)
-    assert fine_tune.main([]) == 3
-    assert "not known whether the job was accepted" in capsys.readouterr().err
-    assert fine_tune.main([]) == 3
-    assert api.calls("POST /fine_tuning/jobs") == 1
+@pytest.mark.parametrize(("path", "posts"), [("/fine_tuning/jobs", 1), ("/files", 0)])
+@pytest.mark.parametrize("status", ["404", "405", "501"])
+def test_a_server_that_lists_nothing_gets_no_second_request_unless_forced(api, no_sleep, capsys, path, posts, status):
+    api.fault(f"POST {path}", "drop after")
+    api.fault(f"GET {path}", status, times=9)
+    for _ in range(2):
+        assert fine_tune.main([]) == 2
+        assert capsys.readouterr().err.endswith(
+            "look there yourself whether the request was carried out; to start anew: --force.\n"
+        )
+    assert api.calls(f"POST {path}") == 1 and len(api.jobs) == posts
+    assert fine_tune.main(["--force"]) == 0
+    assert fine_tune.main([]) == 0, "the folder is free again"
+    assert len(api.jobs) == posts + 1
+
+
+def test_each_attempt_renews_the_time_of_the_request(api, monkeypatch):
+    """A kill in the second attempt: how long the request may still be on its way counts from then."""
+    times = []
+    monkeypatch.setattr(time, "sleep", lambda seconds: times.append(record()["unanswered"]["job_id"]))
+    api.fault("POST /fine_tuning/jobs", "429")
+    api.fault("POST /fine_tuning/jobs", "drop before")
+    assert fine_tune.main([]) == 4
+    assert record()["unanswered"]["job_id"] > times[0]
+
+
+@pytest.mark.parametrize("body", [b"null", b'"ok"', b"[]", '{"id": "ä'.encode()[:-1]])
+@pytest.mark.parametrize("number", range(4))
+def test_an_answer_of_another_type_cannot_be_read(api, no_sleep, capsys, body, number):
+    send, left = api.send, [number + 1]
+
+    def send_once_something_else(http, status, content, *more, **how):
+        left[0] -= 1
+        send(http, status, content if left[0] else body, *more, **how)
+
+    api.send = send_once_something_else
+    codes = [fine_tune.main([])]
+    if codes == [4]:
+        assert "sent an answer that cannot be read" in capsys.readouterr().err
+        codes.append(fine_tune.main([]))
+    assert_exactly_once(api, codes)
 
 
 def test_refused_connection_leaves_no_doubt(api, monkeypatch, capsys):
@@ -433,7 +473,7 @@ def test_refused_connection_leaves_no_doubt(api, monkeypatch, capsys):
     monkeypatch.setattr(time, "sleep", lambda seconds: None)
     assert fine_tune.main([]) == 4
     assert "is the local API running?" in capsys.readouterr().err
-    assert not Path("fine_tune_job.json").exists()
+    assert not Path("fine_tune_job.json").exists() or record()["unanswered"] == {}
 
 
 @pytest.mark.parametrize(
@@ -444,30 +484,18 @@ def test_refused_connection_leaves_no_doubt(api, monkeypatch, capsys):
         (["--force"], "POST /files", "413"),
     ],
 )
-def test_a_refused_job_leaves_the_earlier_one_current(api, capsys, argv, match, kind):
+def test_a_refused_job_costs_neither_the_earlier_one_nor_a_later_try(api, capsys, argv, match, kind):
     assert fine_tune.main([]) == 0
     first = record()
     api.fault(match, kind)
     assert fine_tune.main(argv) == 2
-    assert record() == first
+    assert earlier_records() == [first]
     assert fine_tune.main([]) == 0 and len(api.jobs) == 1
+    assert record() == first, "the earlier command brings the earlier job back"
     api.add_model("nope")
     assert fine_tune.main(argv) == 0, "what was refused can be had later"
     assert len(api.jobs) == 2 and record()["job_id"] == list(api.jobs)[-1]
     assert len(api.files) == (2 if argv == ["--force"] else 1)
-
-
-def test_a_deleted_model_is_told(api, capsys):
-    assert fine_tune.main([]) == 0
-    model = api.finish(record()["job_id"])["fine_tuned_model"]
-    assert fine_tune.main([]) == 0
-    assert "--force" not in capsys.readouterr().err
-    del api.models[model]
-    assert fine_tune.main([]) == 0
-    assert f"{model} was deleted: python fine_tune.py --force" in capsys.readouterr().err
-    api.fault("GET /models", "404")
-    assert fine_tune.main([]) == 0
-    assert "was deleted" not in capsys.readouterr().err, "a server without that list tells nothing"
 
 
 def test_one_server_under_two_names_is_one_server(api, monkeypatch):
@@ -536,11 +564,12 @@ def assert_whole_files():
     "number", [pytest.param(number, marks=() if number in (1, 3) else pytest.mark.slow) for number in range(4)]
 )
 @pytest.mark.parametrize("metadata", ["kept", pytest.param("dropped", marks=pytest.mark.slow)])
-def test_killed_after_a_request(api, number, metadata):
+@pytest.mark.parametrize("argv", [[], pytest.param(["--force"], marks=pytest.mark.slow)])
+def test_killed_after_a_request(api, number, metadata, argv):
     api.metadata = metadata
-    assert kill_at_request(api, number)
+    assert kill_at_request(api, number, argv)
     assert_whole_files()
-    assert fine_tune.main([]) == 0
+    assert fine_tune.main(argv) == 0
     assert_exactly_once(api, [0])
 
 
@@ -565,11 +594,26 @@ def test_killed_after_a_request_of_a_second_job(api):
 @pytest.mark.slow
 @pytest.mark.parametrize("when", ["before", "after"])
 @pytest.mark.parametrize("number", range(1, 6))
-def test_killed_at_a_write(api, number, when):
-    done = run_script([], prefix=("-c", KILLER, str(number), when))
+@pytest.mark.parametrize("argv", [[], ["--force"]])
+def test_killed_at_a_write(api, number, when, argv):
+    done = run_script(argv, prefix=("-c", KILLER, str(number), when))
     assert done.returncode == -signal.SIGKILL, done.stderr
     assert_whole_files()
-    assert fine_tune.main([]) == 0
+    assert fine_tune.main([] if (number, when) == (5, "after") else argv) == 0  # the id is on disk: the order is done
+    assert_exactly_once(api, [0])
+
+
+def test_the_reader_of_our_output_may_go(api):
+    command = f"'{sys.executable}' '{SCRIPT}' 2>&1 | head -1"
+    subprocess.run(command, shell=True, stdout=subprocess.DEVNULL, timeout=60, check=True)
+    assert_exactly_once(api, [0])
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+def test_a_full_disk_behind_our_output(api):
+    with open("/dev/full", "w") as full:
+        done = subprocess.run([sys.executable, str(SCRIPT)], stdout=full, stderr=subprocess.PIPE, text=True, timeout=60)
+    assert done.returncode == 0 and "Traceback" not in done.stderr and "Exception" not in done.stderr
     assert_exactly_once(api, [0])
 
 
@@ -599,6 +643,14 @@ def test_a_file_found_unfit(api, capsys):
     assert "line 3 is not valid JSON" in capsys.readouterr().err
     assert fine_tune.main([]) == 1, "the same bytes are not sent again to be found unfit again"
     assert api.calls("POST /files") == 1 and api.jobs == {}
+
+
+def test_the_key_in_the_details_of_an_unfit_file(api, monkeypatch, capsys):
+    retrieve_file = api.retrieve_file
+    api.retrieve_file = lambda *given: {**retrieve_file(*given), "status_details": f"refused for {api.key}"}
+    api.file_plan = ["error"]
+    assert fine_tune.main([]) == 1
+    assert capsys.readouterr().err.endswith("refused for [key].\n")
 
 
 @pytest.mark.parametrize("plan", [[None], ["uploaded", "pending", "Processed"], ["COMPLETED"], ["some new word"]])
@@ -648,7 +700,7 @@ def test_training_not_available_keeps_a_file_that_a_job_uses(api):
         ("POST /files", "413", {}, "larger than this server accepts", 2),
         ("POST /fine_tuning/jobs", "403", {"code": "other"}, "may not do that", 2),
         ("POST /fine_tuning/jobs", "429", {"code": "credit_balance_exhausted"}, "waiting does not help", 4),
-        ("POST /fine_tuning/jobs", "429", {"retry_after": 3600}, "asks to wait 3600 s", 4),
+        ("POST /fine_tuning/jobs", "429", {"retry_after": 3600}, "wait a little", 4),
         ("POST /fine_tuning/jobs", "400", {"message": "n_epochs must be below 51"}, "n_epochs must be below 51", 2),
     ],
 )
@@ -671,7 +723,8 @@ def test_rate_limits_are_waited_for_as_told(api, no_sleep, capsys):
 
 def test_unknown_model(api, capsys):
     assert fine_tune.main(["--model", "nope"]) == 2
-    assert "no model 'nope'" in capsys.readouterr().err
+    err = capsys.readouterr().err
+    assert "no such model" in err and "`nope` does not exist" in err
 
 
 @pytest.mark.parametrize(
@@ -687,6 +740,11 @@ def test_unknown_model(api, capsys):
         (["--learning-rate-multiplier", "0"], "--learning-rate-multiplier"),
         (["--max-cost", "nan"], "--max-cost"),
         (["--extra", '{"lora_alpha": NaN}'], "--extra"),
+        (["--extra", '{"lora_alpha": 1e999}'], "--extra"),
+        (["--extra", '{"metadata": null}'], "--extra"),
+        (["--extra", '{"name": "\\ud800"}'], "--extra"),
+        (["--suffix", "\udcff"], "--suffix"),
+        (["\udcff.jsonl"], "training_file"),
     ],
 )
 def test_usage(api, capsys, argv, words):
@@ -712,19 +770,25 @@ def test_no_server_named(api, monkeypatch, capsys):
     [
         ("OPENAI_API_KEY", "sk-abc\u2013def", "typographic dash"),
         ("OPENAI_API_KEY", "sk-abc\ndef", "typographic dash"),
-        ("OPENAI_BASE_URL", "http://[::1", "begin it with http:// or https://"),
-        ("OPENAI_BASE_URL", "127.0.0.1:8321/v1", "begin it with http:// or https://"),
-        ("OPENAI_BASE_URL", "localhost:8321/v1", "begin it with http:// or https://"),
-        ("FINE_TUNE_TIMEOUT", "abc", "number of seconds"),
-        ("FINE_TUNE_TIMEOUT", "nan", "number of seconds"),
-        ("FINE_TUNE_TIMEOUT", "-1", "number of seconds"),
+        ("OPENAI_BASE_URL", "http://[::1", "no address such as http"),
+        ("OPENAI_BASE_URL", "127.0.0.1:8321/v1", "no address such as http"),
+        ("OPENAI_BASE_URL", "localhost:8321/v1", "no address such as http"),
+        ("OPENAI_BASE_URL", "sk-test-3f9a1c77d0e24b58", "no address such as http"),
+        ("OPENAI_BASE_URL", "https://user:password@host/v1", "no address such as http"),
+        ("OPENAI_BASE_URL", "http://a..b/v1", "no address such as http"),
+        ("SSL_CERT_FILE", "/nope.pem", "a value that cannot be used"),
+        ("ALL_PROXY", "nope://user:password@host", "a value that cannot be used (ValueError)"),
+        ("HTTP_PROXY", "proxy:3128x", "a value that cannot be used (InvalidURL)"),
     ],
 )
 def test_settings_of_no_use(api, monkeypatch, capsys, name, value, words):
     monkeypatch.setenv(name, value)
     assert fine_tune.main([]) == 2
     err = capsys.readouterr().err
-    assert words in err and name in err and len(err.splitlines()) == 1
+    assert words in err and name.replace("ALL", "*").replace("HTTP_", "*_") in err and len(err.splitlines()) == 1
+    assert value not in err.replace("http://127.0.0.1:8321/v1", "") and "password" not in err, (
+        "it may be a secret in the wrong variable"
+    )
 
 
 @pytest.mark.parametrize("module", ["openai", "dotenv"])
@@ -732,7 +796,7 @@ def test_an_environment_that_is_not_activated(api, monkeypatch, capsys, module):
     monkeypatch.setitem(sys.modules, module, None)
     assert fine_tune.main([]) == 2
     err = capsys.readouterr().err
-    assert f"{module} is not installed here" in err and "pip install -r requirements.txt" in err
+    assert f"{module} is missing" in err and "python -m pip install -r requirements.txt" in err
 
 
 def test_an_address_without_v1(api, monkeypatch, capsys):
@@ -767,6 +831,16 @@ def test_a_record_that_is_no_json(api, capsys):
     assert api.calls("POST *") == 0
 
 
+@pytest.mark.parametrize("keys", [["job_id"], ["token"], ["job_id", "token"], ["seed"]])
+def test_records_of_another_hand_are_kept_and_not_used(api, keys):
+    foreign = [{key: f"{key}-{number}" for key in keys} for number in range(2)]
+    for number, fields in enumerate(foreign):
+        Path("fine_tune_job.json").write_text(json.dumps(fields))
+        assert fine_tune.main(["--seed", str(number)]) == 0
+    assert all(fields in earlier_records() for fields in foreign)
+    assert len(api.jobs) == 2
+
+
 def test_a_folder_that_cannot_be_written(api, monkeypatch, capsys):
     def refuse(*paths):
         raise PermissionError(13, "Permission denied")
@@ -775,6 +849,15 @@ def test_a_folder_that_cannot_be_written(api, monkeypatch, capsys):
     assert fine_tune.main([]) == 2
     assert "Cannot write fine_tune_job.json" in capsys.readouterr().err
     assert api.calls("POST *") == 0
+
+
+def test_an_old_record_that_cannot_be_moved_away(api, capsys):
+    assert fine_tune.main([]) == 0
+    first = record()
+    Path("fine_tune_jobs").write_text("a file where a folder should be")
+    assert fine_tune.main(["--seed", "1"]) == 2
+    assert "Cannot write fine_tune_job.json" in capsys.readouterr().err
+    assert record() == first and len(api.jobs) == 1
 
 
 def test_the_key_at_debug_logging(api):

@@ -119,21 +119,11 @@ class Chromium:
 
 
 def row(text, passed):
-    return {
-        "passed": passed,
-        "checks": []
-        if passed
-        else [{"check": "contains", "value": ATTACK, "passed": False, "problem": f"does not contain {ATTACK!r}"}],
-        "text": text,
-        "error": None,
-        "exact_match": False,
-        "f1": 0.5,
-        "chars": len(text),
-        "usage": None,
-        "seconds": 1.0,
-        "finish_reason": "stop",
-        "judge": dict.fromkeys(step5.JUDGE_CRITERIA, 3),
-    }
+    answer = step5.NO_ANSWER | {"text": text, "seconds": 1.0, "finish_reason": "stop", "error": None}
+    case = {"question": "q", "system": None, "history": [], "answer": "yes", "checks": {"contains": [ATTACK]}}
+    scored = step5.score(case, answer, set()) | step5.read_ratings(json.dumps(dict.fromkeys(step5.JUDGE_CRITERIA, 3)))
+    del scored["text"]
+    return {**scored, "passed": passed}
 
 
 @pytest.fixture(scope="module")
@@ -161,17 +151,7 @@ def page(tmp_path_factory):
                 "base": row("", base),
             }
         )
-    criteria = [
-        {
-            "name": ATTACK,
-            "category": None,
-            "checks": {},
-            "min_pass_rate": 0.9,
-            "min_cases": 3,
-            "judge": None,
-            "min_judge_mean": 4.0,
-        }
-    ]
+    criteria = [step5.CRITERION_DEFAULTS | {"name": ATTACK, "checks": {}, "judge": "tone"}]
     summary = {
         "model": f"ft:{ATTACK}",
         "base_model": ATTACK,
@@ -201,40 +181,44 @@ def browser(chromium, page):
 
 SHOWN = (
     "[...document.querySelectorAll('main > details')].filter(one => !one.hidden)"
-    ".map(one => one.querySelector('summary .dim').textContent)"
+    ".map(one => one.querySelector('summary .dim').textContent.trim())"
 )
 
 
 def test_nothing_is_fetched_nothing_fails_and_no_text_becomes_markup(browser, page):
     assert browser("typeof window.hacked") == "undefined"
-    assert browser("document.scripts.length") == 1 and browser("document.images.length") == 0
+    assert browser("document.scripts.length") == 2 and browser("document.images.length") == 0
     assert {request["request"]["url"] for request in browser.named("Network.requestWillBeSent")} <= {page}
     assert not browser.named("Runtime.exceptionThrown") and not browser.named("Log.entryAdded")
     assert not browser.named("Runtime.consoleAPICalled")
     shown = browser("document.querySelector('main details section:nth-child(2) pre').textContent")
-    assert shown == (ATTACK * 3).replace("\x1b", "␛")
+    assert shown == ATTACK * 3
+    assert "judge 3.0" in browser("document.querySelector('li').textContent")
 
 
-def test_even_a_script_that_got_in_would_not_run(browser):
-    browser(
-        "const bad = document.createElement('script'); bad.textContent = 'window.hacked = 1'; document.body.append(bad)"
-    )
-    assert browser("typeof window.hacked") == "undefined"
+def test_the_page_may_fetch_nothing(browser):
+    browser("document.body.append(Object.assign(document.createElement('img'), { src: 'http://127.0.0.1:9/x' }))")
+    while not browser.named("Log.entryAdded"):
+        browser("0")
+    assert "Content Security Policy" in browser.named("Log.entryAdded")[0]["entry"]["text"]
 
 
 def test_the_filters(browser):
-    assert browser("document.querySelector('output').textContent") == "12 of 12"
+    assert browser("document.querySelector('output').textContent.trim()") == "12 of 12"
     browser("[...document.querySelectorAll('button')].find(one => one.value === 'broken').click()")
     assert browser(SHOWN) == ["case-0", "case-4", "case-8"]
     assert browser("document.querySelector('button[aria-pressed=true]').textContent") == "broken"
     browser("select.selectedIndex = 2; select.dispatchEvent(new Event('change'))")
-    assert browser(SHOWN) == ["case-4"] and browser("document.querySelector('output').textContent") == "1 of 12"
+    assert browser(SHOWN) == ["case-4"] and browser("count.textContent.trim()") == "1 of 12"
     browser("[...document.querySelectorAll('button')][0].click()")
     assert browser(SHOWN) == ["case-4", "case-5", "case-3"]  # broken, fixed, still passing
 
 
 def test_broken_cases_come_first_and_stand_open(browser):
-    outcomes = browser("[...document.querySelectorAll('main > details')].map(one => [one.dataset.outcome, one.open])")
+    outcomes = browser(
+        "[...document.querySelectorAll('main > details')]"
+        ".map(one => [one.querySelector('summary').firstChild.textContent.trim(), one.open])"
+    )
     assert [outcome for outcome, _ in outcomes] == [name for name in step5.OUTCOMES for _ in range(3)]
     assert all(is_open == (outcome == "broken") for outcome, is_open in outcomes)
 
@@ -288,12 +272,9 @@ def test_it_fits_a_phone(browser, width):
 
 
 def test_the_chart_shows_the_pass_rates(browser):
-    widths = browser(
-        "[...document.querySelectorAll('tr:last-child rect:not(.track)')].map(one => one.getAttribute('width'))"
-    )
-    assert widths == ["50.0%", "50.0%"]
-    assert browser("document.querySelectorAll('svg').length") == 5
-    assert browser("document.querySelector('rect.tuned').getBoundingClientRect().width") > 20
+    assert browser("[...document.querySelectorAll('.rate i')].slice(-2).map(one => one.style.width)") == ["50%", "50%"]
+    assert browser("document.querySelectorAll('.rate').length") == 10  # four categories and all, both models
+    assert browser("document.querySelector('.rate i.tuned').getBoundingClientRect().width") > 20
 
 
 def test_it_is_drawn(browser):

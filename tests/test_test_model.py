@@ -1,7 +1,5 @@
 """test_model.py: its statistics, its case files, its journal, its verdict and its files."""
 
-import contextlib
-import io
 import json
 import math
 import os
@@ -253,6 +251,8 @@ FACTS = {
         ("30 percent or 30%", []),
         ("in 10 business days", []),
         ("in 11 business days", ["11 business days"]),
+        ("in 4 working days", ["4 working days"]),
+        ("with 9 backup codes", ["9 backup codes"]),
         ("1. Open it\n2. Click it", []),
         ("You said 7 days?", []),
         ("within 7 days of your $44", []),
@@ -289,8 +289,9 @@ def test_checks(checks, answer, passed):
 def test_the_datasets_own_answers_pass_their_checks(dataset):
     case_file = step5.CaseFile(ROOT / "examples" / dataset / "test_cases.json")
     for case in case_file.cases:
-        scored = step5.score(case, {"text": case["answer"], "error": None}, case_file.facts)
-        assert scored["passed"], (case["id"], step5.what_is_wrong({**scored, "error": None}))
+        answer = step5.NO_ANSWER | {"text": case["answer"], "error": None}
+        scored = step5.score(case, answer, case_file.facts)
+        assert scored["passed"], (case["id"], step5.what_is_wrong(scored))
 
 
 # --- the case files ---
@@ -347,7 +348,7 @@ def test_chat_rows_shared_parts_and_own_parts(tmp_path):
     }
     first, second, third = read(tmp_path, json.dumps(document)).cases
     assert (first["system"], first["question"], first["answer"], first["history"]) == ("S", "c", "d", turns[1:3])
-    assert first["checks"] == {"contains": ["x", "y"], "max_chars": [5]}
+    assert first["checks"] == {"contains": ["x", "y"], "max_chars": [9, 5]}
     assert (second["system"], third["system"], third["checks"]) == (
         "own",
         "shared",
@@ -359,26 +360,29 @@ def test_chat_rows_shared_parts_and_own_parts(tmp_path):
     ("row", "sentence"),
     [
         ({"answer": "a"}, "no question"),
-        ({"question": " ", "answer": "a"}, "no question"),
-        ({"question": 3}, "no question"),
+        ({"question": " ", "answer": "a"}, "question must be text"),
+        ({"question": 3}, "question must be text"),
         ({"question": "q"}, "nothing is expected"),
-        ({**QUESTION, "checks": {"contain": "x"}}, "no such check"),
-        ({**QUESTION, "checks": {"contains": 3}}, "must be text"),
-        ({**QUESTION, "checks": {"contains": ""}}, "must be text"),
-        ({**QUESTION, "checks": {"matches": "(("}}, "regular expression"),
-        ({**QUESTION, "checks": {"matches": "a{99999999999999}"}}, "regular expression"),
-        ({**QUESTION, "checks": ["x"]}, "must be an object"),
-        ({**QUESTION, "checks": {"max_chars": "3"}}, "whole number"),
-        ({**QUESTION, "checks": {"max_chars": 0}}, "whole number"),
-        ({**QUESTION, "checks": {"max_chars": True}}, "whole number"),
-        ({**QUESTION, "checks": {"only_known": 1}}, "true or false"),
-        ({**QUESTION, "checks": {"only_known": True}}, "no facts.json"),
-        ({**QUESTION, "history": "x"}, "history must be"),
-        ({**QUESTION, "history": [{"role": "system", "content": "x"}]}, "history must be"),
-        ("text", "not an object"),
-        ({**QUESTION, "id": 4}, "must be text"),
+        ({"question": "q", "checks": {"contains": [], "matches": None}}, "nothing is expected"),
+        ({**QUESTION, "checks": {"contain": "x"}}, "contain is no check"),
+        ({**QUESTION, "checks": {"contains": 3}}, "contains must be text"),
+        ({**QUESTION, "checks": {"contains": ["x", ""]}}, "contains must be text"),
+        ({**QUESTION, "checks": {"matches": "(("}}, "matches must be a regular expression: missing )"),
+        ({**QUESTION, "checks": {"matches": "a{99999999999999}"}}, "matches must be a regular expression"),
+        ({**QUESTION, "checks": {"matches": 3}}, "matches must be a regular expression"),
+        ({**QUESTION, "checks": "x"}, "checks must be an object"),
+        ({**QUESTION, "checks": {"max_chars": "3"}}, "max_chars must be a whole number"),
+        ({**QUESTION, "checks": {"max_chars": True}}, "max_chars must be a whole number"),
+        ({**QUESTION, "checks": {"only_known": 1}}, "only_known must be true or false"),
+        ({**QUESTION, "checks": {"only_known": True}}, "only_known needs a facts.json"),
+        ({**QUESTION, "history": "x"}, "history must be an object"),
+        ({**QUESTION, "history": [{"role": "bot", "content": "x"}]}, "role must be one of system, developer, user"),
+        ({**QUESTION, "history": [{"role": "user"}]}, "role and content"),
+        ({"messages": [{"role": "user", "content": None}]}, "role and content"),
+        ("text", "case 2 must be an object"),
+        ({**QUESTION, "id": 4}, "id must be text"),
         ({"messages": []}, "no question"),
-        ({"question": "\ud800", "answer": "a"}, "surrogate"),
+        ({"question": "\ud800", "answer": "a"}, "question must be text"),
         ({"messages": [{"role": "assistant", "content": "a"}]}, "no question"),
     ],
 )
@@ -389,8 +393,13 @@ def test_every_fault_is_named_with_its_line(tmp_path, row, sentence):
     first, second = str(caught.value).splitlines()[0], str(caught.value).splitlines()[-1]
     line = 5 if isinstance(row, dict) else 1
     assert first.startswith(f"{tmp_path / 'cases.json'}:{line}: ") and sentence in first
-    assert ":6: nothing is expected" in second or ":6: there is no question" in second
+    assert ":6: question must be text" in second
     assert caught.value.exit_code == 2
+
+
+@pytest.mark.parametrize("value", [False, None])
+def test_only_known_needs_no_facts_where_it_is_off(tmp_path, value):
+    assert read(tmp_path, json.dumps([{**QUESTION, "checks": {"only_known": value}}])).cases
 
 
 @pytest.mark.parametrize(
@@ -401,21 +410,27 @@ def test_every_fault_is_named_with_its_line(tmp_path, row, sentence):
         ("cases.json", "[]", "no case"),
         ("cases.json", "", "no case"),
         ("cases.json", '{"cases": []}', "no case"),
-        ("cases.json", b"\xff\xfe", "not UTF-8"),
-        ("cases.json", "[" * 100_000, "nested too deeply"),
-        ("cases.json", json.dumps([{**QUESTION, "id": "x"}] * 2), "'x' stands 2 times"),
+        ("cases.json", b"\xff\xfe", ":1: this is not JSON"),
+        (
+            "cases.json",
+            b'[{"question": "\xff", "answer": "a"}]',
+            ":1: question must be text: it is empty, or not UTF-8",
+        ),
+        ("cases.json", "[" * 100_000, ":1: this is not JSON"),
+        ("cases.json", json.dumps([{**QUESTION, "id": "x"}] * 2, indent=1), ":7: the id 'x' stands above already"),
+        ("cases.jsonl", json.dumps(QUESTION) + "\n\n3\n3", ":3: case 2 must be an object"),
+        ("cases.jsonl", json.dumps(QUESTION) + "\n\n3\n3", ":4: case 3 must be an object"),
         (
             "cases.json",
             '{"cases": [{"question": "q", "answer": "a"}],\n "criteria": [\n{"name": 3}]}',
-            ":3: a criterion",
+            ":3: name must be text",
         ),
         (
             "cases.json",
             '{"cases": [{"question": "q", "answer": "a"}],\n "criteria": [{"name": "n", "judge": "x"}]}',
-            ":2: judge must",
+            ":2: judge must be one of tone, format, helpful, next_steps",
         ),
-        ("cases.json", json.dumps({"cases": [QUESTION], "criteria": None}), ":1: criteria must be a list"),
-        ("cases.json", json.dumps({"cases": [QUESTION], "criteria": 5}), ":1: criteria must be a list"),
+        ("cases.json", json.dumps({"cases": [QUESTION], "criteria": 5}), ":1: criteria must be an object"),
         *(
             (
                 "cases.json",
@@ -424,7 +439,7 @@ def test_every_fault_is_named_with_its_line(tmp_path, row, sentence):
             )
             for category in (5, 0, {"a": 1}, [1])
         ),
-        ("cases.json", "[\n" + "1" * 5000 + "]", "a number in it is too long"),
+        ("cases.json", "[\n" + "1" * 5000 + "]", ":1: this is not JSON"),
     ],
 )
 def test_faults_of_the_file(tmp_path, name, text, fault):
@@ -569,16 +584,20 @@ def test_the_base_model_may_come_from_the_environment(api, monkeypatch):
     [
         ([], {"job_id": None}, 2, "python fine_tune.py"),
         ([], {"base_url": "http://127.0.0.1:9/v1"}, 2, "OPENAI_BASE_URL"),
-        ([BASE], {}, 2, "compared with itself"),
+        ([BASE], {}, 2, "needs another model to be compared with"),
         (["mine"], {"model": None}, 2, "--base-model"),
         (["ft:x:y"], {}, 2, "answered 404"),
-        (["ftjob-0002"], {}, 3, "has no model yet"),
-        (["ftjob-0003"], {}, 1, "made no model"),
+        (["ftjob-0002"], {}, 3, "is running: python check_fine_tune_status.py ftjob-0002 --wait"),
+        (["ftjob-0003"], {}, 1, "is failed: python check_fine_tune_status.py ftjob-0003"),
         (["--output", "cases.json"], {}, 2, "different files"),
         (["--report", "test_answers.jsonl"], {}, 2, "different files"),
-        (["--cases", "."], {}, 2, "Cannot read the test cases in ."),
-        (["--concurrency", "0"], {}, 2, "1 or more"),
+        (["--cases", "."], {}, 2, ".: Is a directory"),
+        (["--concurrency", "x"], {}, 2, "invalid"),
+        (["--concurrency", "0"], {}, 2, "0 is not at least 1"),
         (["--min-pass-rate", "x"], {}, 2, "invalid"),
+        (["--min-pass-rate", "nan"], {}, 2, "nan is not between 0 and 1"),
+        (["--min-pass-rate", "1.1"], {}, 2, "1.1 is not between 0 and 1"),
+        (["--min-pass-rate", "-1"], {}, 2, "-1 is not between 0 and 1"),
     ],
 )
 def test_mistakes_get_one_sentence(api, capsys, arguments, record, code, sentence):
@@ -602,19 +621,18 @@ def test_mistakes_get_one_sentence(api, capsys, arguments, record, code, sentenc
 
 
 @pytest.mark.parametrize("flag", ["--output", "--report", "--failures"])
-@pytest.mark.parametrize(("path", "why"), [("no/such/x.json", "no/such is not a folder"), (".", "it is a folder")])
-def test_a_file_that_cannot_be_written_is_named_before_any_call(api, capsys, flag, path, why):
+@pytest.mark.parametrize("path", ["no/such/x.json", "."])
+def test_a_file_that_cannot_be_written_is_told_before_any_call(api, capsys, flag, path):
     write_cases(2)
     assert run(flag, path) == 2
-    assert capsys.readouterr().err.startswith(f"Cannot write {path}: {why}") and not api.requests
+    assert capsys.readouterr().err.startswith(f"Cannot write {path}: ") and not api.requests
+    assert not Path("test_answers.jsonl").exists()
 
 
-def test_a_model_that_was_deleted_is_named_with_the_cure(api, capsys):
+def test_a_run_that_fails_at_once_leaves_no_journal(api):
     write_cases(2)
-    del api.models[TUNED]
-    assert run() == 2
-    err = capsys.readouterr().err
-    assert f"no model {TUNED}" in err and "python fine_tune.py --force" in err and "--list-models" in err
+    api.fault("*", "401")
+    assert run() == 2 and not Path("test_answers.jsonl").exists()
 
 
 def test_a_server_that_stops_on_the_way_loses_no_answer(api, capsys, monkeypatch):
@@ -628,7 +646,7 @@ def test_a_server_that_stops_on_the_way_loses_no_answer(api, capsys, monkeypatch
     api.after = stop
     assert run("--concurrency", "1") == 4
     err = capsys.readouterr().err
-    assert "Cannot reach" in err and "test_answers.jsonl holds the answers so far, and the same command goes on" in err
+    assert "Cannot reach" in err and "test_answers.jsonl holds the answers so far; the same command goes on" in err
 
 
 def test_the_recorded_server_may_have_its_other_name(api):
@@ -641,6 +659,15 @@ def test_the_last_next_line_keeps_the_model_that_was_named(api, capsys):
     write_cases(1)
     assert run(TUNED, "--report", "r.html", "--failures", "f.jsonl") == 0
     assert capsys.readouterr().out.endswith(f"Next: python use_fine_tuned_model.py {TUNED}\n")
+
+
+def test_fresh_is_no_part_of_what_goes_on(api, capsys, monkeypatch):
+    write_cases(1)
+    assert run("--fresh") == 0
+    assert capsys.readouterr().out.endswith("Next: python test_model.py --cases cases.json --report report.html\n")
+    monkeypatch.setattr(step5, "run", lambda args, words: os.kill(os.getpid(), signal.SIGINT) or time.sleep(5))
+    assert run("--fresh") == 130
+    assert "the same command without --fresh goes on" in capsys.readouterr().err
 
 
 def test_nobody_listens_there(api, capsys, monkeypatch):
@@ -695,7 +722,7 @@ def test_a_missing_answer_lowers_the_pass_rate_and_the_f1(api):
     api.fault("POST /chat/completions", "400", times=2)
     assert run("--concurrency", "1") == 4
     base = results()[0]["base"]
-    assert (base["pass_rate"], base["f1"], base["exact_match"], base["median_chars"]) == (0.5, 0.5, 0.5, 5)
+    assert (base["pass_rate"], base["f1"], base["exact_match"], base["median_chars"]) == (0.75, 0.75, 0.75, 5)
 
 
 @pytest.mark.parametrize(
@@ -708,6 +735,29 @@ def test_passing_faults_are_asked_again(api, monkeypatch, fault):
     api.fault("POST /chat/completions", fault)
     assert run() == 0
     assert len(asked(api)) == 7 and results()[0]["failed_calls"] == 0
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        [1],
+        None,
+        "x",
+        b"plain text",
+        {"choices": []},
+        {"choices": [{"message": None, "finish_reason": "stop"}]},
+        {"choices": [{"message": {"content": [{"type": "text", "text": "a"}]}, "finish_reason": "stop"}]},
+        {"choices": [{"message": {"content": "a"}, "finish_reason": "stop"}], "usage": 5},
+    ],
+)
+def test_an_answer_that_is_no_chat_completion_is_a_failed_call(api, monkeypatch, body):
+    monkeypatch.setattr(step5.time, "sleep", lambda seconds: None)
+    monkeypatch.setattr(api, "chat", lambda request: body)
+    write_cases(1)
+    assert run() == 4
+    summary, by_id = results()
+    assert summary["failed_calls"] == 2 and "cannot be read" in by_id["c0"]["base"]["error"]
+    assert len(Path("test_answers.jsonl").read_text().splitlines()) == 1  # the job's
 
 
 @pytest.mark.parametrize("fault", ["500 before", "drop after", "malformed", "truncated"])
@@ -750,20 +800,17 @@ def test_a_rate_limit_slows_down_and_says_so(api, capsys):
     start = time.monotonic()
     assert run("--concurrency", "8") == 0
     assert time.monotonic() - start > 0.3
-    assert "limits the rate: waiting 0.3 s, then 4 calls at a time" in capsys.readouterr().err
+    assert "limits the rate; asking again in 0.3 s, 4 at a time" in capsys.readouterr().err
     assert len(asked(api)) == 46 and results()[0]["failed_calls"] == 0  # 40 answers, no answer twice
 
 
-def test_pace_halves_once_per_burst_and_recovers():
-    pace = step5.Pace(8)
-    with contextlib.redirect_stderr(io.StringIO()):
-        pace.slow_down(0.05)
-        pace.slow_down(0.05)
-    assert pace.limit == 4
-    for _ in range(200):
-        with pace:
-            pass
-    assert pace.limit == 8
+def test_a_rate_limit_ends_the_round_at_once(api, capsys):
+    write_cases(20)
+    api.fault("POST /chat/completions", "429", times=1, retry_after=0.1)
+    assert run("--concurrency", "2") == 0
+    assert "asking again in 0.1 s, 1 at a time" in capsys.readouterr().err
+    order = [request.answered for request in api.requests if request.path == "/chat/completions"]
+    assert "429" in order[:2] and len(order) == 41
 
 
 # --- the journal ---
@@ -852,12 +899,12 @@ def kill_at(api, request, signal_sent, delay=0.0):
     api.after = lambda played: None
     first = Counter(json.dumps(body, sort_keys=True) for body in asked(api))
     journal = Path("test_answers.jsonl").read_text(encoding="utf-8") if Path("test_answers.jsonl").exists() else ""
-    kept = {entry["key"] for entry in map(json.loads, journal.splitlines())}
+    kept = {entry["asked"] for entry in map(json.loads, journal.splitlines())}
     assert run() == 0
     total = Counter(json.dumps(body, sort_keys=True) for body in asked(api))
     again = [json.loads(body) for body, times in total.items() if times > 1]
     assert len(total) == 16 and len(again) <= 2  # at most those that were under way when it died
-    assert not kept & {step5.journal_key(api.base_url, body) for body in again}  # none that had been kept
+    assert not kept & {json.dumps([api.base_url, body], sort_keys=True) for body in again}  # none that had been kept
     assert sum(first.values()) - len(kept) <= 2 + 1  # answered but not kept: the ones under way (and the job's line)
     assert results()[0]["fine_tuned"]["passed"] == 8
     return process.returncode
@@ -937,7 +984,7 @@ def test_the_success_criteria(api, capsys):
             {"name": "Format", "category": "format", "min_pass_rate": 0.5, "min_cases": 6},
             {"name": "Too few", "category": "tone", "min_pass_rate": 0.0, "min_cases": 5},
             {"name": "Own check", "checks": {"max_chars": 6}, "min_pass_rate": 0.7},
-            {"name": "Both", "category": ["format", "tone"], "min_pass_rate": 0.31},
+            {"name": "All", "min_pass_rate": 0.31},
         ],
     }
     Path("cases.json").write_text(json.dumps(document))
@@ -948,7 +995,7 @@ def test_the_success_criteria(api, capsys):
         "Format": (True, 3, 6),
         "Too few": (False, 0, 4),
         "Own check": (True, 7, 10),
-        "Both": (False, 3, 10),
+        "All": (False, 3, 10),
     }
     out = capsys.readouterr().out
     assert "✓ met      Format" in out and "✗ not met  Too few" in out and "50%" in out
@@ -971,12 +1018,15 @@ def judged(api, reply, *arguments, count=2):
 def test_the_judge_rates_both_models_and_is_named(api, capsys):
     assert judged(api, f"I think:\n{json.dumps(RATINGS)}") == 0
     summary, by_id = results()
-    assert summary["judge_model"] == "judge" and summary["fine_tuned"]["judge"] == RATINGS == summary["base"]["judge"]
-    assert by_id["c0"]["fine_tuned"]["judge"] == RATINGS and summary["base"]["judged"] == 2
-    prompts = [body["messages"][0]["content"] for body in asked(api) if body["model"] == "judge"]
-    assert len(prompts) == 4
-    parts = ("Be kind.", "Question 0?", f"<answer>Answer of {BASE}</answer>", "right", *step5.JUDGE_CRITERIA)
-    assert sum(all(part in prompt for part in parts) for prompt in prompts) == 1
+    assert summary["judge_model"] == "judge" and summary["base"]["answers_judged"] == 2
+    for name, rating in RATINGS.items():
+        assert summary["fine_tuned"][f"judge_{name}"] == summary["base"][f"judge_{name}"] == rating
+        assert by_id["c0"]["fine_tuned"][f"judge_{name}"] == rating
+    prompts = [body["messages"] for body in asked(api) if body["model"] == "judge"]
+    assert len(prompts) == 4 and all(f"{name}: " in prompts[0][0]["content"] for name in step5.JUDGE_CRITERIA)
+    data = [json.loads(messages[1]["content"]) for messages in prompts]
+    conversation = [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "Question 0?"}]
+    assert {"conversation": conversation, "expected_answer": "right", "answer": f"Answer of {BASE}"} in data
     assert summary["criteria"][0]["judge_mean"] == 4 and not summary["criteria"][0]["met"]
     assert "judge 4.0 (asked: 4.5)" in capsys.readouterr().out
     before = len(api.requests)
@@ -999,9 +1049,11 @@ def test_the_judge_rates_both_models_and_is_named(api, capsys):
 def test_a_judge_that_fails_is_no_score(api, reply, capsys):
     assert judged(api, reply) == 0
     summary, by_id = results()
-    assert summary["base"]["judged"] == 0 and set(summary["base"]["judge"].values()) == {None}
-    assert by_id["c0"]["fine_tuned"]["judge"] is None and summary["criteria"][0]["judge_mean"] is None
+    assert summary["base"]["answers_judged"] == 0 and summary["base"]["judge_tone"] is None
+    assert "judge_tone" not in by_id["c0"]["fine_tuned"] and summary["criteria"][0]["judge_mean"] is None
     assert summary["criteria"][0]["met"]  # decided by its checks alone
+    assert "4 of 4 replies of judge are no ratings." in capsys.readouterr().err
+    assert judged(api, json.dumps(RATINGS)) == 0 and results()[0]["base"]["answers_judged"] == 2  # asked again
 
 
 def test_a_judge_whose_calls_fail_is_reported(api, monkeypatch):
@@ -1013,7 +1065,11 @@ def test_a_judge_whose_calls_fail_is_reported(api, monkeypatch):
     )
     assert judged(api, json.dumps(RATINGS), "--concurrency", "1") == 4
     summary, _ = results()
-    assert (summary["failed_calls"], summary["base"]["judged"], summary["fine_tuned"]["judged"]) == (1, 1, 2)
+    assert (summary["failed_calls"], summary["base"]["answers_judged"], summary["fine_tuned"]["answers_judged"]) == (
+        1,
+        1,
+        2,
+    )
     assert summary["verdict"] != "incomplete"  # the checks are all there
 
 
@@ -1046,8 +1102,13 @@ def test_rows_that_someone_edited_are_not_overwritten(api, capsys):
     assert run("--failures", "failing.jsonl") == 0
     assert run("--failures", "failing.jsonl") == 0  # unchanged: fine
     Path("failing.jsonl").write_text("my edits")
+    capsys.readouterr()
     assert run("--failures", "failing.jsonl") == 2
-    assert Path("failing.jsonl").read_text() == "my edits" and "your edits" in capsys.readouterr().err
+    out, err = capsys.readouterr()
+    assert Path("failing.jsonl").read_text() == "my edits" and "your edits" in err
+    assert "Verdict: " in out and "Results: test_results.json\n" in out
+    assert run("--failures", "failing.jsonl", "--min-pass-rate", "1") == 1
+    assert run("--failures", "failing.jsonl", "--require-better") == 3
 
 
 NASTY = "\x1b]0;x\x07\x1b[31m\x9b\x00\r\u202e [/bold] \ud83d </script><script>alert(1)</script> {{model}} 😀"
@@ -1065,11 +1126,9 @@ def test_markup_and_control_characters_reach_the_files_whole_and_the_terminal_ha
     result = json.loads(Path("test_results.json").read_text(encoding="utf-8"))["results"][0]
     assert result["generated"] == NASTY and result["question"] == nasty
     out = capsys.readouterr().out
-    assert not set(out) & {"\x1b", "\x07", "\x9b", "\x00", "\r", "\u202e"} and "␛]0;x" in out
+    assert not set(out) & {"\x1b", "\x07", "\x9b", "\x00", "\r", "\u202e"} and "�]0;x" in out
     page = Path("report.html").read_text(encoding="utf-8")
-    assert (
-        "<script>alert" not in page and "&lt;script&gt;alert(1)" in page and "\x1b" not in page and "{{model}}" in page
-    )
+    assert page.count("<script") == 2 and "\\u003cscript>alert(1)" in page and "{{model}}" in page
 
 
 def test_a_closed_pipe_does_not_lose_the_results(api):
@@ -1090,14 +1149,14 @@ def test_results_are_written_whole_or_not_at_all(api, monkeypatch, capsys):
     assert run() == 0
     before = Path("test_results.json").read_bytes()
 
-    def fail(number):
-        raise OSError(28, "No space left on device")
+    def fail(source, target):
+        raise OSError(28, "No space left on device", target)
 
-    monkeypatch.setattr(step5.os, "fsync", fail)
+    monkeypatch.setattr(step5.os, "replace", fail)
     write_cases(3)
     assert run() == 2
-    assert capsys.readouterr().err == "Cannot write test_results.json: No space left on device.\n"
-    assert Path("test_results.json").read_bytes() == before and not list(Path().glob("*.tmp"))
+    assert capsys.readouterr().err == "test_results.json: No space left on device\n"
+    assert Path("test_results.json").read_bytes() == before
 
 
 def test_the_key_is_in_no_file_and_no_output(api, capsys):
@@ -1119,3 +1178,11 @@ def test_for_other_code(api):
     api.fault("POST /chat/completions", "400")
     with pytest.raises(step5.StepError, match="400"):
         tester.generate_answer("Another")
+
+
+def test_a_missing_package_is_named_with_the_cure(api, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "openai", None)
+    write_cases(1)
+    assert run() == 2
+    err = capsys.readouterr().err
+    assert "openai" in err and "virtual environment" in err and "python -m pip install -r requirements.txt" in err

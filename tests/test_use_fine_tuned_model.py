@@ -150,13 +150,6 @@ def test_a_missing_job_is_named_before_a_missing_question(api, monkeypatch, caps
     assert "python fine_tune.py" in capsys.readouterr().err
 
 
-def test_a_model_that_was_deleted_is_named_with_the_cure(api, model, capsys):
-    del api.models[model]
-    assert step4.main(["Hi there"]) == 2
-    err = capsys.readouterr().err
-    assert f"no model {model}" in err and "python fine_tune.py --force" in err and "--list-models" in err
-
-
 @pytest.mark.parametrize(
     ("name", "named"),
     [("ftjob-0001", "ftjob-0001"), ("ft:smollm2-135m-instruct:acme::0001",) * 2, ("smollm2-135m-instruct", "")],
@@ -275,7 +268,7 @@ def test_a_terminal_gets_no_control_characters_and_a_pipe_gets_every_character(a
     assert process.wait(60) == 0
     seen = shown.decode().replace("\r\n", "\n")
     assert not set(seen) & {"\x1b", "\x07", "\x00", "\x9b", "\r", "\u202e"}
-    assert "[/bold] <b>&amp;</b> ␛]0;title␇␛[31mred" in seen and "{x} %s 😀 tab" in seen and "üñ" in seen
+    assert "[/bold] <b>&amp;</b> �]0;title��[31mred" in seen and "{x} %s 😀 tab" in seen and "üñ" in seen
 
 
 def test_a_terminal_without_utf8_ends_nothing(api, model):
@@ -447,6 +440,47 @@ def test_what_was_printed_stays_and_is_not_asked_again(api, model, capsys, fault
     assert len(asked(api)) == 1
 
 
+@pytest.mark.parametrize(
+    "event",
+    [
+        b"[1]",
+        b'{"choices": [], "usage": 5}',
+        b'{"choices": [{"index": 0, "delta": {"content": [{"type": "text"}]}}]}',
+        b'{"choices": 5}',
+        b"\xff",
+    ],
+)
+def test_an_event_that_cannot_be_read_gets_a_sentence(event, quick, monkeypatch, capsys):
+    with RawServer(b"data: " + event + b"\n\n" + WHOLE) as server:
+        monkeypatch.setenv("OPENAI_BASE_URL", server.base_url)
+        assert step4.main(["ft:m:a::b", "Hi"]) == 4
+    assert "sent an answer that cannot be read: it is no chat completion." in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("event", [b'{"choices": null}', b"{}", b'{"choices": [{"index": 0, "delta": null}]}'])
+def test_an_event_without_text_is_passed_over(event, quick, monkeypatch, capsys):
+    with RawServer(b"data: " + event + b"\n\n" + WHOLE) as server:
+        monkeypatch.setenv("OPENAI_BASE_URL", server.base_url)
+        assert step4.main(["ft:m:a::b", "Hi"]) == 0
+    assert capsys.readouterr().out == "One two thr\u00e9e\n"
+
+
+def test_what_the_server_says_in_the_middle_of_an_answer_is_shown(quick, monkeypatch, capsys):
+    error = b'data: {"error": {"message": "out of\\nmemory"}}\n\n'
+    with RawServer(WHOLE[: WHOLE.index(b"data: ", WHOLE.index(b"two"))] + error) as server:
+        monkeypatch.setenv("OPENAI_BASE_URL", server.base_url)
+        assert step4.main(["ft:m:a::b", "Hi"]) == 4
+    out, err = capsys.readouterr()
+    assert out == "One two\n" and "cut short: ask again.\n" in err and err.endswith("out of memory.\n")
+
+
+@pytest.mark.parametrize("value", ["nan", "inf", "-1", "x"])
+def test_a_temperature_that_is_none(api, model, capsys, value):
+    with pytest.raises(SystemExit) as end:
+        step4.main(["Hi", "--temperature", value])
+    assert end.value.code == 2 and "--temperature" in capsys.readouterr().err.splitlines()[-1]
+
+
 @pytest.mark.parametrize("fault", ["500 before", "500 after", "drop before", "drop after"])
 def test_before_the_first_word_it_asks_again_and_says_so(api, model, capsys, monkeypatch, fault):
     monkeypatch.setattr(step4.time, "sleep", lambda seconds: None)
@@ -594,8 +628,15 @@ def test_what_stands_in_two_scripts_is_the_same():
         return {node.name: ast.dump(node) for node in tree.body if isinstance(node, ast.FunctionDef)}
 
     ours, theirs = of("use_fine_tuned_model.py"), of("test_model.py")
-    for name in ("retry_delay", "finished_job", "explain_deleted_model"):
+    for name in ("retry_delay", "get_model_id"):
         assert ours[name] == theirs[name]
     import test_model
 
-    assert test_model.VISIBLE == step4.VISIBLE
+    assert test_model.CONTROLS == step4.CONTROLS
+
+
+def test_a_missing_package_is_named_with_the_cure(api, model, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "openai", None)
+    assert step4.main(["Hi there"]) == 2
+    err = capsys.readouterr().err
+    assert "openai" in err and "virtual environment" in err and "python -m pip install -r requirements.txt" in err
