@@ -1,6 +1,7 @@
 # make tutorial   install what is needed, start the local API, run the five scripts, show the result
 # make test       run the tests (make test-all: with the long ones)
 # make lint       check style and types
+# make docs       make anew what docs/ takes from the code and from docs/run/
 #
 # On Linux the default PyTorch comes with CUDA; TORCH_INDEX names an index that has the small CPU build:
 #   make TORCH_INDEX=https://download.pytorch.org/whl/cpu tutorial
@@ -10,7 +11,7 @@ TORCH_INDEX ?=
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --disable-pip-version-check --quiet
 
-.PHONY: tutorial test test-slow test-all lint format clean
+.PHONY: tutorial test test-slow test-all lint format docs clean
 
 tutorial: .venv/.installed
 	@$(BIN)/python examples/run_tutorial.py
@@ -31,6 +32,9 @@ lint: .venv/.installed-tests
 format: .venv/.installed-tests
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+docs: .venv/.installed
+	$(BIN)/python docs/make.py
 
 .venv/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \

@@ -15,6 +15,8 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -23,6 +25,7 @@ WORK = ROOT / ".tutorial"
 DATA = WORK / "local_api"
 CACHE = ROOT / ".local_api" / "cache"  # shared with `python -m local_api`, so that the base model is fetched once
 STOP_SECONDS = 15
+STOP_SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
 
 # The steps as README.md shows them.
 STEPS = (
@@ -64,6 +67,23 @@ def prepare_base_model() -> None:
         raise SystemExit(f"{error}") from None
 
 
+def interrupt(*_) -> None:
+    raise KeyboardInterrupt
+
+
+@contextmanager
+def signals_held() -> Iterator[None]:
+    """Let a stop signal wait to the end of the block: a server that is just starting would else be left behind."""
+    arrived: list[int] = []
+    for number in STOP_SIGNALS:
+        signal.signal(number, lambda number, _: arrived.append(number))
+    yield
+    for number in STOP_SIGNALS:
+        signal.signal(number, interrupt)
+    if arrived:
+        interrupt()
+
+
 def start_server() -> subprocess.Popen[str]:
     """Start the local API on a free port."""
     command = [sys.executable, "-m", "local_api", "--port", "0", "--data-dir", str(DATA), "--cache-dir", str(CACHE)]
@@ -102,6 +122,8 @@ def cancel_unfinished_jobs(base_url: str) -> None:
 
 
 def stop_server(server: subprocess.Popen[str]) -> None:
+    for number in STOP_SIGNALS:  # a second Ctrl-C must not leave it behind
+        signal.signal(number, signal.SIG_IGN)
     server.terminate()
     try:
         server.wait(STOP_SECONDS)
@@ -121,15 +143,15 @@ def run_step(number: int, command: str, environment: dict[str, str]) -> int:
 
 
 def main() -> int:
-    for name in ("SIGTERM", "SIGHUP"):  # the second: the terminal was closed
-        if hasattr(signal, name):
-            signal.signal(getattr(signal, name), lambda *_: sys.exit(130))
+    for number in STOP_SIGNALS:  # SIGHUP: the terminal was closed
+        signal.signal(number, interrupt)
     started = time.monotonic()
     WORK.mkdir(exist_ok=True)
     server = None
     try:
         prepare_base_model()
-        server = start_server()
+        with signals_held():
+            server = start_server()
         base_url = address(server)
         print(f"Local API started at {base_url} (its log: .tutorial/local_api.log)", flush=True)
         cancel_unfinished_jobs(base_url)

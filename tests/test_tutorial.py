@@ -6,6 +6,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -21,7 +22,41 @@ sys.path.insert(0, str(ROOT / "examples"))
 import run_tutorial
 
 README = (ROOT / "README.md").read_text("utf-8")
-FIVE_STEPS = README[README.index("## The five steps") : README.index("## Your own data")]
+LAB = README[README.index("## The lab") : README.index("## Where it runs")]
+OWN_DATASET = README[README.index("## Your own dataset") : README.index("## Troubleshooting")]
+# The ids of the run that README shows; the test's own take their places.
+JOB, MODEL = "ftjob-f5z9SztIPDYW00xVXt7EmlBO", "ft:smollm2-135m-instruct:local::GLPTZYig"
+
+
+def commands_in(text: str) -> list[str]:
+    """Return the commands of the bash blocks, without those that are marked as not run."""
+    text = re.sub(r"<!-- not run by the tests: .+? -->\n```bash\n.+?\n```", "", text, flags=re.DOTALL)
+    return [line for block in re.findall(r"```bash\n(.+?)\n```", text, re.DOTALL) for line in block.splitlines()]
+
+
+def shown_after(command: str) -> list[str]:
+    """Return the lines of output that README shows below a command, masked; [...] stands for what is left out."""
+    found = re.search(rf"```bash\n{re.escape(command)}\n```\n\n```text\n(.+?)\n```", LAB, re.DOTALL)
+    return [masked(line) for line in found[1].splitlines() if line.strip("[.] ")] if found else []
+
+
+def masked(text: str) -> str:
+    """Return output without what differs from run to run or from model to model: ids, times, figures, folders."""
+    text = text.replace("smollm2-135m-instruct", "tiny")
+    text = re.sub(r"ft:tiny:[\w:.-]+", "MODEL", re.sub(r"(ftjob|file)-\w+", r"\1-ID", text))
+    text = re.sub(r"\S*/examples/", "examples/", text)  # the tests call the scripts from another folder
+    text = re.sub(r"[✓✗] (not )?met", "MET", re.sub(r"[▁▂▃▄▅▆▇█]+", "CURVE", text))
+    text = re.sub(r"\d[\d,.:]*", "N", text).replace("N epochs", "N epoch").replace("N min)", "N s)")
+    return re.sub(r"  +", "  ", text).strip()
+
+
+def is_the_models(line: str, command: str) -> bool:
+    """Tell whether a shown line depends on how well the model learns, and so has no counterpart in the tiny one's."""
+    if "use_fine_tuned_model.py" in command:
+        return not line.startswith(("Model:", "System prompt:", "Next:"))
+    return "test_model.py" in command and bool(
+        re.match(r"Verdict|Broken|Fixed|Unchanged|[a-z-]+-N |does not|cut at", line)
+    )
 
 
 def run_step(command: str, folder: Path, environment: dict[str, str]) -> subprocess.CompletedProcess[str]:
@@ -30,51 +65,44 @@ def run_step(command: str, folder: Path, environment: dict[str, str]) -> subproc
     return subprocess.run(command_line, cwd=folder, env=environment, capture_output=True, text=True, encoding="utf-8")
 
 
-def masked(text: str) -> str:
-    """Return output without what differs from run to run or from model to model: ids, times, figures, folders."""
-    text = re.sub(r"(ftjob|file)-\w+", r"\1-ID", text)
-    text = re.sub(r"\S*/examples/", "examples/", text)  # the tests call the scripts from another folder
-    return re.sub(r"\d[\d,.:]*", "N", text).replace("N epochs", "N epoch")
-
-
 def test_make_tutorial_runs_the_commands_of_the_readme():
-    assert tuple(re.findall(r"```bash\n(.+)\n```", FIVE_STEPS)) == run_tutorial.STEPS
+    commands = iter(commands_in(LAB))
+    assert all(step in commands for step in run_tutorial.STEPS), (
+        "a step of make tutorial is not in the lab, or not there"
+    )
 
 
-def test_the_five_steps_in_order_do_what_the_readme_shows(tiny_api, tmp_path):
-    environment = {**tiny_api.environment("tiny"), "PYTHONUTF8": "1"}
-    shown = dict(re.findall(r"```bash\n([^\n]+)\n```\n\n```text\n(.+?)\n```", FIVE_STEPS, flags=re.DOTALL))
-    for command in run_tutorial.STEPS:
+def follow(commands: list[str], folder: Path, environment: dict[str, str]) -> None:
+    """Run README's commands as a reader does, in a folder with its examples, and compare what they print."""
+    shutil.copytree(ROOT / "examples", folder / "examples")
+    own = {JOB: JOB, MODEL: MODEL}
+    for command in commands:
+        given = command.replace(JOB, own[JOB]).replace(MODEL, own[MODEL])
         # One epoch is enough here: the tiny model is to show the way, not to learn.
-        done = run_step(command + " --n-epochs 1" * command.endswith("fine_tune.py"), tmp_path, environment)
-        assert done.returncode == 0, done.stdout + done.stderr
-        if "prepare" in command or "fine_tune.py" in command:
-            output = masked(done.stderr + done.stdout)
-            for line in masked(shown[command]).replace("smollmN-Nm-instruct", "tiny").splitlines():
-                assert " #" in line or "per example" in line or line in output, line
+        done = run_step(given + " --n-epochs 1" * ("fine_tune.py " in f"{given} "), folder, environment)
+        assert done.returncode == 0, (given, done.stdout + done.stderr)
+        printed = [masked(line) for line in (done.stderr + done.stdout).splitlines()]
+        missing = [line for line in shown_after(command) if line not in printed and not is_the_models(line, command)]
+        assert missing == [], (command, printed)
+        if "--wait" in command and own[JOB] == JOB:
+            own = {JOB: re.search(r"ftjob-\w+", done.stdout)[0], MODEL: re.search(r"ft:tiny:\S+", done.stdout)[0]}
+
+
+@pytest.mark.timeout(600)
+def test_the_lab_s_commands_in_order_do_what_the_readme_shows(tiny_api, tmp_path):
+    follow(commands_in(LAB), tmp_path, {**tiny_api.environment("tiny"), "PYTHONUTF8": "1"})
     assert (tmp_path / "training_data.jsonl").read_bytes() == (ROOT / "training_data.jsonl").read_bytes()
-    results = json.loads((tmp_path / "test_results.json").read_text("utf-8"))
-    assert results["summary"] and len(results["results"]) >= 30
-    assert {"question", "expected", "generated", "base_generated"} <= results["results"][0].keys()
+    for name in ("test_results.json", "round_2_results.json"):
+        results = json.loads((tmp_path / name).read_text("utf-8"))
+        assert results["summary"] and len(results["results"]) >= 30
+        assert {"question", "expected", "generated", "base_generated"} <= results["results"][0].keys()
 
 
-def test_every_flag_in_the_readme_exists():
-    for script in (
-        "prepare_training_data",
-        "fine_tune",
-        "check_fine_tune_status",
-        "use_fine_tuned_model",
-        "test_model",
-    ):
-        flags = set(re.findall(rf"{script}\.py[^\n`]*?(--[a-z-]+)", README))
-        help_text = subprocess.run([sys.executable, f"{script}.py", "--help"], cwd=ROOT, capture_output=True, text=True)
-        assert all(flag in help_text.stdout for flag in flags), (script, flags)
-
-
-def test_every_path_and_link_in_the_readme_exists():
-    tree = README[README.index("## What is where") : README.index("## Tests")]
-    paths = re.findall(r"^(\S+)   +\S", tree, flags=re.MULTILINE) + re.findall(r"\]\((?!http)([^)#]+)\)", README)
-    assert len(paths) > 12 and [path for path in paths if not (ROOT / path).exists()] == []
+@pytest.mark.slow  # the same five steps, with other data
+@pytest.mark.timeout(600)
+def test_the_commands_for_an_own_dataset_work(tiny_api, tmp_path):
+    follow(commands_in(OWN_DATASET), tmp_path, {**tiny_api.environment("tiny"), "PYTHONUTF8": "1"})
+    assert json.loads((tmp_path / "education_results.json").read_text("utf-8"))["summary"]["cases"] == 18
 
 
 def test_the_tutorial_leads_to_no_other_server(monkeypatch):

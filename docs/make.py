@@ -1,0 +1,106 @@
+"""Make anew what docs/ takes from the code and from the results kept in docs/run/.
+
+    python docs/make.py      # or: make docs
+
+docs/commands.md   every option and exit code, from the scripts' parsers and docstrings
+docs/loss.svg      what `check_fine_tune_status.py --plot` draws of docs/run/result.csv
+docs/report.png    what `test_model.py --report` writes of docs/run/test_results.json, as headless Chromium shows it;
+                   without Chromium it is left as it is
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import importlib
+import json
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+DOCS = Path(__file__).resolve().parent
+RUN = DOCS / "run"
+SCRIPTS = ("prepare_training_data", "fine_tune", "check_fine_tune_status", "use_fine_tuned_model", "test_model")
+JOB = {"job_id": "ftjob-f5z9SztIPDYW00xVXt7EmlBO", "model": "smollm2-135m-instruct", "hyperparameters": {"n_epochs": 3}}
+CHROMIUM = ("chromium", "chromium-browser", "google-chrome", "chrome")
+WINDOW = "900,645"  # pixels: as far down as the success criteria
+
+
+def script(name: str):
+    """Import one of the five scripts, which lie one folder up."""
+    if str(DOCS.parent) not in sys.path:
+        sys.path.insert(0, str(DOCS.parent))
+    return importlib.import_module(name)
+
+
+def commands_page() -> str:
+    """Return docs/commands.md."""
+    parts = [
+        "# The commands\n",
+        "Every option of the five scripts. This page is made of the scripts themselves: `make docs`.\n",
+    ]
+    for name in SCRIPTS:
+        module = script(name)
+        first, *_ = module.__doc__.split("\n\n")
+        codes = re.search(r"\bExit codes: (.+?)\.?\s*(?:\n\n|\Z)", module.__doc__, re.DOTALL)
+        assert codes, f"{name}.py documents no exit codes"
+        parts += [
+            f"## {name}.py\n",
+            " ".join(first.split()) + "\n",
+            "| argument | what it does |\n|---|---|",
+            *map(option_row, module.build_parser()._actions[1:]),  # the first is --help
+            f"\nExit codes: {' '.join(codes[1].split())}.\n",
+        ]
+    return "\n".join(parts)
+
+
+def option_row(action: argparse.Action) -> str:
+    """Return a line of the table: `--flag` VALUE, or `ARGUMENT`, and its help."""
+    value = "" if action.nargs == 0 else action.metavar or action.dest.upper()
+    flags = ", ".join(f"`{name}`" for name in action.option_strings)
+    what = " ".join(((action.help or "") % vars(action)).split())  # %(default)s and the like
+    return f"| {f'{flags} {value}'.strip() if flags else f'`{value}`'} | {what} |"
+
+
+def loss_svg() -> str:
+    """Return the loss curve of the kept result file."""
+    with open(RUN / "result.csv", encoding="utf-8", newline="") as file:
+        metrics = [{"step": int(row["step"]), "train_loss": float(row["train_loss"])} for row in csv.DictReader(file)]
+    return script("check_fine_tune_status").plot_svg({**JOB, "metrics": metrics})
+
+
+def report_html() -> str:
+    """Return the report page of the kept test results."""
+    kept = json.loads((RUN / "test_results.json").read_text("utf-8"))
+    return script("test_model").report_page(kept["summary"], kept["results"])
+
+
+def photograph(page: str, picture: Path) -> bool:
+    """Save the top of an HTML page as PNG; False if there is no Chromium."""
+    browser = next(filter(None, map(shutil.which, CHROMIUM)), None)
+    if browser is None:
+        return False
+    with tempfile.TemporaryDirectory() as folder:
+        html = Path(folder) / "report.html"
+        html.write_text(page, encoding="utf-8")
+        options = ("--headless", "--disable-gpu", "--hide-scrollbars", f"--user-data-dir={folder}/profile")
+        # Chromium's sandbox does not work in most containers, and the page is our own.
+        command = [browser, *options, "--no-sandbox", f"--window-size={WINDOW}", f"--screenshot={picture}"]
+        subprocess.run([*command, html.as_uri()], check=True, capture_output=True, timeout=120)
+    return True
+
+
+def main() -> int:
+    (DOCS / "commands.md").write_text(commands_page(), encoding="utf-8")
+    (DOCS / "loss.svg").write_text(loss_svg(), encoding="utf-8")
+    print("docs/commands.md, docs/loss.svg: made")
+    made = photograph(report_html(), DOCS / "report.png")
+    print("docs/report.png:", "made" if made else "left as it is, there is no Chromium here")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
