@@ -17,6 +17,8 @@ Exit codes: 0 succeeded, or not ended yet · 1 failed or cancelled · 2 usage or
 4 server or network · 130 interrupted.
 """
 
+from __future__ import annotations  # so that an older Python gets as far as a sentence
+
 import argparse
 import base64
 import csv
@@ -764,8 +766,8 @@ def main(argv: list[str] | None = None) -> int:
         print(error, file=sys.stderr)
         return error.exit_code
     except ModuleNotFoundError as error:
-        sentence = "activate the virtual environment or python -m pip install -r requirements.txt"
-        print(f"{error.name} is missing: {sentence}", file=sys.stderr)
+        cure = "activate the virtual environment (Python 3.10 or newer), or python -m pip install -r requirements.txt"
+        print(f"{error.name} is missing here: {cure}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("\nStopped looking; the job goes on at the server. To go on: the same command again.", file=sys.stderr)

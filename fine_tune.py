@@ -20,6 +20,8 @@ Exit codes: 0 the job exists · 1 the data is not fit to train on · 2 usage or 
 130 interrupted.
 """
 
+from __future__ import annotations  # so that an older Python gets as far as a sentence
+
 import argparse
 import hashlib
 import io
@@ -667,7 +669,8 @@ def main(argv: list[str] | None = None) -> int:
         note(str(error))
         return error.exit_code
     except ModuleNotFoundError as error:
-        note(f"{error.name} is missing: activate the virtual environment or python -m pip install -r requirements.txt")
+        cure = "activate the virtual environment (Python 3.10 or newer), or python -m pip install -r requirements.txt"
+        print(f"{error.name} is missing here: {cure}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         note("\nInterrupted. Run the same command again: it goes on from where it was.")

@@ -20,6 +20,8 @@ Exit codes: 0 written, or --check found no error; 1 --check or --strict found er
 trained on; 2 usage, a file that is missing or not UTF-8; 130 interrupted.
 """
 
+from __future__ import annotations  # so that an older Python gets as far as a sentence
+
 import argparse
 import csv
 import filecmp
@@ -1055,7 +1057,8 @@ def main(argv: list[str] | None = None) -> int:
         print(error, file=sys.stderr)
         return error.exit_code
     except ModuleNotFoundError as error:
-        print(f"{error.name} is not installed: python -m pip install -r requirements.txt", file=sys.stderr)
+        cure = "activate the virtual environment (Python 3.10 or newer), or python -m pip install -r requirements.txt"
+        print(f"{error.name} is missing here: {cure}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("\nInterrupted; no file is half written. Run the same command again.", file=sys.stderr)

@@ -15,6 +15,8 @@ Exit codes: 0 done, 1 below --min-pass-rate or the verdict is "worse", 2 usage o
 --require-better (or the job is not finished), 4 calls failed (goes before 1 and 3), 130 interrupted.
 """
 
+from __future__ import annotations  # so that an older Python gets as far as a sentence
+
 import argparse
 import json
 import math
@@ -1020,7 +1022,8 @@ def main(argv: list[str] | None = None) -> int:
             print(again, file=sys.stderr)
         return error.exit_code
     except ModuleNotFoundError as error:
-        print(f"{error}: use the virtual environment, or python -m pip install -r requirements.txt", file=sys.stderr)
+        cure = "activate the virtual environment (Python 3.10 or newer), or python -m pip install -r requirements.txt"
+        print(f"{error.name} is missing here: {cure}", file=sys.stderr)
         return 2
     except OSError as error:  # a file that cannot be read or written
         print(f"{error.filename}: {error.strerror}", file=sys.stderr)

@@ -13,6 +13,8 @@ Other code asks with answer = create_fine_tuned_handler()(question). Exit codes:
 or configuration, 3 the job is not finished, 4 server or network failed or the answer was cut short, 130 interrupted.
 """
 
+from __future__ import annotations  # so that an older Python gets as far as a sentence
+
 import argparse
 import itertools
 import json
@@ -373,7 +375,8 @@ def main(argv: list[str] | None = None) -> int:
         print(error, file=sys.stderr)
         return error.exit_code
     except ModuleNotFoundError as error:
-        print(f"{error}: use the virtual environment, or python -m pip install -r requirements.txt", file=sys.stderr)
+        cure = "activate the virtual environment (Python 3.10 or newer), or python -m pip install -r requirements.txt"
+        print(f"{error.name} is missing here: {cure}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("\nInterrupted.", file=sys.stderr)
