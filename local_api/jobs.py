@@ -15,7 +15,6 @@ from openai.types.fine_tuning.jobs import FineTuningJobCheckpoint
 from pydantic import AfterValidator, BeforeValidator, Field
 from pydantic_core import PydanticCustomError
 
-from local_api.base_models import sha256
 from local_api.errors import APIError
 from local_api.files import find_file
 from local_api.models import Models, find_model
@@ -148,10 +147,6 @@ def create_job(request: Request, store: StoreOfRequest, job: JobRequest) -> Docu
     asked = job.method.supervised.hyperparameters if job.method else job.hyperparameters or Hyperparameters()
     hyperparameters = asked.model_dump()
 
-    base = models.base_of(job.model)
-    # The API draws a seed that a request does not name; here the same file gives the same model again.
-    seed = random.Random(sha256(store.file_path(files["training"]["id"])) + base).randrange(2**31)
-
     job_id = new_id("ftjob-")
     directory = store.job_dir(job_id)
     directory.mkdir()
@@ -173,14 +168,14 @@ def create_job(request: Request, store: StoreOfRequest, job: JobRequest) -> Docu
         "result_files": [],
         "trained_tokens": None,
         "error": None,
-        "seed": seed if job.seed is None else job.seed,
+        "seed": random.randrange(2**31) if job.seed is None else job.seed,
         "hyperparameters": hyperparameters,
         "method": {"type": "supervised", "supervised": {"hyperparameters": hyperparameters}},
         "estimated_finish": None,
         "integrations": [],
         "metadata": job.metadata,
         "user_provided_suffix": job.suffix,
-        "_base": base,
+        "_base": models.base_of(job.model),
         "_suffix": re.sub(r"[^a-z0-9._]+", "-", (job.suffix or "").lower()).strip("-."),  # it becomes part of an id
         "_events_read": 0,  # bytes of the trainer's events.jsonl that are in the store
         "_times_killed": 0,
