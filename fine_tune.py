@@ -434,9 +434,9 @@ def request_job(client, record: dict):
     # OpenAI calls the top-level `hyperparameters` deprecated, but it is what every other server reads.
     names = ("suffix", "seed", "hyperparameters", "validation_file")
     request = {name: record[name] for name in names if record[name] not in (None, {})}
-    request["metadata"] = {TOKEN: record["token"]}
     for name, value in record["extra"].items():
         request[name] = {**request[name], **value} if isinstance(request.get(name), dict) else value
+    request["metadata"] = {**request.get("metadata", {}), TOKEN: record["token"]}
 
     def send():
         model, file = record["model"], record["training_file"]

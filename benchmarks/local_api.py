@@ -4,8 +4,8 @@
     python benchmarks/local_api.py generation --rounds 5
 
 Only ratios within one run mean something: measured and baseline take turns, round by round, and the median of the
-rounds' ratios is shown. The model is the default base model, fetched on first use. Threads that wait sleep, here as in
-the server (OMP_WAIT_POLICY=PASSIVE), for the baselines too.
+rounds' ratios is shown. The model is the default base model, fetched on first use. Baselines run in processes of their
+own, as a plain script would.
 
     training     tokens/s and loss on unseen rows; baseline: TRL's SFTTrainer with its defaults (training.py says more)
     generation   tokens/s of one answer alone and of 8 at once, prompt included; baseline: one `transformers.generate`
@@ -16,6 +16,7 @@ the server (OMP_WAIT_POLICY=PASSIVE), for the baselines too.
 """
 
 import argparse
+import functools
 import os
 import platform
 import re
@@ -26,6 +27,8 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 from typing import NamedTuple
 
@@ -86,26 +89,40 @@ def some_adapter(model_dir: Path, folder: Path) -> Path:
     return folder
 
 
-def generation(args: argparse.Namespace) -> list[Figure]:
+@functools.cache
+def plain_model(model_dir: Path) -> tuple:
+    os.environ.pop("OMP_WAIT_POLICY", None)  # ours, not a plain script's
+    os.environ.pop("GOMP_SPINCOUNT", None)
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from local_api.base_models import quiet_transformers
+
+    quiet_transformers()
+    model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32).eval()
+    return model, AutoTokenizer.from_pretrained(model_dir)
+
+
+def plain_generate(model_dir: Path) -> float:
+    """Answer one question as a plain script does, in its own process; return tokens/s."""
+    model, tokenizer = plain_model(model_dir)
+    prompt = tokenizer.apply_chat_template(question(0), add_generation_prompt=True, return_tensors="pt",
+                                           return_dict=True)  # fmt: skip
+    started = time.perf_counter()
+    output = model.generate(**prompt, max_new_tokens=TOKENS, do_sample=False)
+    return (output.shape[1] - prompt["input_ids"].shape[1]) / (time.perf_counter() - started)
+
+
+def generation(args: argparse.Namespace) -> list[Figure]:
+    from local_api.base_models import BUSY_LOOPS, quiet_transformers, share_processor
     from local_api.engine import Engine, GenerationRequest
+
+    share_processor(BUSY_LOOPS)  # as the server does
 
     quiet_transformers()
     model_dir = base_model()
-    plain = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32).eval()
-    tokenizer = AutoTokenizer.from_pretrained(model_dir)
-
-    def baseline() -> float:
-        prompt = tokenizer.apply_chat_template(question(0), add_generation_prompt=True, return_tensors="pt",
-                                               return_dict=True)  # fmt: skip
-        started = time.perf_counter()
-        output = plain.generate(**prompt, max_new_tokens=TOKENS, do_sample=False)
-        return (output.shape[1] - prompt["input_ids"].shape[1]) / (time.perf_counter() - started)
-
-    with tempfile.TemporaryDirectory() as folder:
+    other = ProcessPoolExecutor(1, get_context("spawn"))
+    with other, tempfile.TemporaryDirectory() as folder:
         models = {"base": (model_dir, None), "fine-tuned": (model_dir, some_adapter(model_dir, Path(folder)))}
         engine = Engine(models.__getitem__)
 
@@ -116,6 +133,9 @@ def generation(args: argparse.Namespace) -> list[Figure]:
             for answer in answers:
                 list(answer)
             return sum(answer.completion_tokens for answer in answers) / (time.perf_counter() - started)
+
+        def baseline() -> float:
+            return other.submit(plain_generate, model_dir).result()
 
         cases = [(model, count) for model in models for count in (1, 8)]
         for model in models:  # loaded and warm, as the baseline is

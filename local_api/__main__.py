@@ -76,7 +76,7 @@ def command_words(text: str) -> list[str]:
 
 def main(argv: list[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
-    base_models.share_processor()
+    base_models.share_processor(base_models.BUSY_LOOPS)
     logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     args.api_key = args.api_key or os.environ.get("LOCAL_API_KEY") or None
     if args.host not in LOOPBACK and not args.api_key:

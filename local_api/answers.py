@@ -93,7 +93,8 @@ class Generating:
     def engine(self) -> Any:
         with self.lock:
             if self.state.engine is None:
-                self.state.engine = Engine(self.state.models.locate, self.state.settings.max_memory)
+                worker, limit = self.state.worker, self.state.settings.max_memory
+                self.state.engine = Engine(self.state.models.locate, limit, lambda: worker.training)
             return self.state.engine
 
     def reserve(self, count: int) -> None:

@@ -11,10 +11,10 @@ from typing import Any
 
 import torch
 from torch.nn.functional import pad
-from transformers import DynamicCache
 
 from .encoding import EncodingError, encode_prompt, end_of_turn_ids
 from .engine import EngineError, Generation, Piece
+from .inference import new_cache, next_logits
 
 FEW = 256  # tokens that are looked at first when a part of all is asked for (top_p)
 DEFAULT_CONTEXT = 4096  # for models whose configuration names no longest input
@@ -122,7 +122,7 @@ class Batch:
         for i, row in enumerate(rows):
             ids[i, width - len(row.prompt) :] = torch.tensor(row.prompt)
             attended[i, width - len(row.prompt) :] = 1
-        cache = DynamicCache()
+        cache = new_cache()
         positions = (attended.cumsum(1) - 1).clamp(min=0)
         logits = self.forward(ids, attended, positions, cache)
         self.join(rows, cache, attended)
@@ -157,17 +157,8 @@ class Batch:
     def forward(self, ids: Any, attended: Any, positions: Any, cache: Any) -> Any:
         """Return the logits of each row's next token: (rows, vocabulary), float32, on the CPU."""
         self.used = time.monotonic()
-        device = self.model.device
         with torch.inference_mode():
-            output = self.model(
-                input_ids=ids.to(device),
-                attention_mask=attended.to(device),
-                position_ids=positions.to(device),
-                past_key_values=cache,
-                use_cache=True,
-                logits_to_keep=1,
-            )
-        return output.logits[:, -1].float().cpu()
+            return next_logits(self.model, ids, attended, positions, cache).float().cpu()
 
     def advance(self, rows: list[Row], logits: Any) -> None:
         """Draw the next token of each row, hand out the text that it completes and let finished rows go."""

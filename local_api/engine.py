@@ -86,11 +86,18 @@ class Engine:
 
     `locate` raises KeyError for an unknown model. max_memory: bytes that loaded models may take together, their weights
     and what their running answers remember; None for half of the machine's (of a GPU's: 80 percent).
+    is_training: whether to leave half of the processor to a job.
     """
 
-    def __init__(self, locate: Callable[[str], tuple[Path, Path | None]], max_memory: int | None = None):
+    def __init__(
+        self,
+        locate: Callable[[str], tuple[Path, Path | None]],
+        max_memory: int | None = None,
+        is_training: Callable[[], bool] = lambda: False,
+    ):
         self.locate = locate
         self.max_memory = max_memory
+        self.is_training = is_training
         self.waiting: list[Generation] = []
         self.batches: dict[str, Batch] = {}
         self.forgotten: set[str] = set()
@@ -140,6 +147,7 @@ class Engine:
     def work(self) -> None:
         """Add a token to every running answer, again and again, until the engine is closed."""
         from .batch import Batch  # and with it PyTorch, which takes seconds, before a lock is held
+        from .inference import use_cores
 
         while True:
             with self.changed:
@@ -148,6 +156,7 @@ class Engine:
                 if self.closed:
                     return
                 admitted = self.admit()
+            use_cores(half=self.is_training())
             for model_id, generations in admitted.items():
                 self.attempt(model_id, partial(Batch.add, generations=generations), generations)
             for model_id in list(self.batches):

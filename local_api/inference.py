@@ -1,7 +1,7 @@
-"""A model made quick to answer with on a processor. Nothing here changes what it says.
+"""A model made quick to answer with on a processor. Nothing here changes what it says, rounding apart.
 
-Measured on SmolLM2-135M in bfloat16, one core with AVX-512, a step that adds a token to each of 1 and of 8 answers:
-51 and 83 ms of processor time as transformers leaves it, 37 and 46 ms with these two.
+Measured on SmolLM2-135M in bfloat16, one core with AVX-512, processor time of a step that adds a token to each of 1 and
+of 8 answers: 52 and 83 ms as transformers leaves it, 28 and 37 ms with what stands here.
 """
 
 from __future__ import annotations
@@ -11,7 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AttentionInterface, AttentionMaskInterface
+from torch.nn.functional import pad, scaled_dot_product_attention
+from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache, LlamaForCausalLM
+from transformers.cache_utils import DynamicLayer
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
@@ -19,25 +21,101 @@ from . import base_models
 
 
 def load(model_dir: Path, adapter_dir: Path | None) -> tuple[Any, Any]:
-    """Return (model, tokenizer) for answering; raises base_models.ModelUnavailable."""
+    """Return (model, tokenizer) for next_logits; raises base_models.ModelUnavailable."""
     model, tokenizer = base_models.load(model_dir, adapter_dir)
     if model.device.type == "cpu":
-        if model.config._attn_implementation == "sdpa":
-            model.set_attn_implementation("sdpa_always_masked")
-        if platform.machine() in ("x86_64", "AMD64") and torch.backends.mkldnn.is_available():
-            pack(model)
+        quicken(model)
     return model, tokenizer
 
 
+def quicken(model: Any) -> None:
+    """Prepare a model that is on the processor for next_logits; after that, only next_logits can ask it."""
+    if model.config._attn_implementation == "sdpa":
+        model.set_attn_implementation("sdpa_grouped")
+    if type(model) is LlamaForCausalLM:
+        fuse(model)
+    if platform.machine() in ("x86_64", "AMD64") and torch.backends.mkldnn.is_available():
+        pack(model)
+
+
+def next_logits(model: Any, ids: Any, attended: Any, positions: Any, cache: Any) -> Any:
+    """Read the tokens `ids` and return the logits of each row's next one: (rows, vocabulary).
+
+    Shapes: ids and positions (rows, tokens), attended (rows, columns: those of the cache, then the tokens), 0 or 1.
+    """
+    if hasattr(model, "fused"):
+        return llama_logits(model, ids, attended, positions, cache)
+    device = model.device
+    output = model(
+        input_ids=ids.to(device),
+        attention_mask=attended.to(device),
+        position_ids=positions.to(device),
+        past_key_values=cache,
+        use_cache=True,
+        logits_to_keep=1,
+    )
+    return output.logits[:, -1]
+
+
+CORES = torch.get_num_threads()
+
+
+def use_cores(half: bool) -> None:
+    """Let this thread compute on all cores, or on half of them."""
+    wanted = max(1, CORES // 2) if half else CORES
+    if torch.get_num_threads() != wanted:
+        torch.set_num_threads(wanted)
+
+
+# --- keys and values ---
+
+
+class GrowingLayer(DynamicLayer):
+    """A layer's keys and values with free columns after them: a new token is written there and moves nothing."""
+
+    ROOM = 64  # columns
+    blocks: tuple = ()
+    shown: Any = None  # what keys was when it was a part of blocks
+
+    def update(self, key_states: Any, value_states: Any, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
+        if not self.is_initialized or key_states.shape[-2] > 1:
+            return super().update(key_states, value_states, *args, **kwargs)
+        columns = self.keys.shape[-2]
+        if self.keys is not self.shown or columns == self.blocks[0].shape[-2]:
+            self.blocks = tuple(pad(states, (0, 0, 0, self.ROOM)) for states in (self.keys, self.values))
+        for block, states in zip(self.blocks, (key_states, value_states), strict=True):
+            block[:, :, columns : columns + 1] = states
+        self.keys, self.values = (block[:, :, : columns + 1] for block in self.blocks)
+        self.shown = self.keys
+        return self.keys, self.values
+
+
+def new_cache() -> Any:
+    """Return an empty cache of keys and values, whose layers have the attributes `keys` and `values`."""
+    cache = DynamicCache()
+    cache.layer_class_to_replicate = GrowingLayer
+    return cache
+
+
 def attend(module: Any, query: Any, key: Any, value: Any, attention_mask: Any, **kwargs: Any) -> Any:
-    """Attention as ever, but never without a mask: transformers then takes PyTorch's grouped heads, which are slow."""
-    if attention_mask is None and query.shape[2] == 1:
-        attention_mask = torch.ones(1, 1, 1, key.shape[2], dtype=torch.bool)
-    return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+    """Attention as ever; heads that share keys and values go through as one head with several queries where they can.
+
+    Shapes: query (rows, heads, tokens, width), key and value (rows, groups of heads, columns, width). transformers
+    copies keys and values for each head of a group, which takes four times as long when each row has one new token.
+    """
+    rows, heads, tokens, width = query.shape
+    if tokens > 1:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+    grouped = query.reshape(rows, key.shape[1], -1, width)
+    answer = scaled_dot_product_attention(grouped, key, value, attention_mask, scale=kwargs.get("scaling"))
+    return answer.reshape(rows, 1, heads, width), None
 
 
-AttentionInterface.register("sdpa_always_masked", attend)
-AttentionMaskInterface.register("sdpa_always_masked", sdpa_mask)
+AttentionInterface.register("sdpa_grouped", attend)
+AttentionMaskInterface.register("sdpa_grouped", sdpa_mask)
+
+
+# --- weights ---
 
 
 class PackedLinear(torch.nn.Module):
@@ -58,3 +136,67 @@ def pack(model: Any) -> None:
         for name, child in parent.named_children():
             if type(child) is torch.nn.Linear:
                 setattr(parent, name, PackedLinear(child))
+
+
+def fuse(model: Any) -> None:
+    """Make one linear layer of those that read the same input."""
+    for layer in model.model.layers:
+        attention, mlp = layer.self_attn, layer.mlp
+        attention.qkv_proj = beside(attention.q_proj, attention.k_proj, attention.v_proj)
+        mlp.gate_up_proj = beside(mlp.gate_proj, mlp.up_proj)
+        del attention.q_proj, attention.k_proj, attention.v_proj, mlp.gate_proj, mlp.up_proj
+    model.fused = True
+
+
+def beside(*linears: torch.nn.Linear) -> torch.nn.Linear:
+    """Return the linear layer whose output is the outputs of these, one after the other."""
+    has_bias = linears[0].bias is not None
+    fused = torch.nn.Linear(1, 1, bias=has_bias)
+    fused.weight = torch.nn.Parameter(torch.cat([linear.weight for linear in linears]), requires_grad=False)
+    if has_bias:
+        fused.bias = torch.nn.Parameter(torch.cat([linear.bias for linear in linears]), requires_grad=False)
+    return fused
+
+
+def llama_logits(model: Any, ids: Any, attended: Any, positions: Any, cache: Any) -> Any:
+    """What LlamaForCausalLM computes, with fused layers and a third of the calls; shapes as in next_logits.
+
+    For a small model the calls cost as much as the weights. Source: transformers/models/llama/modeling_llama.py.
+    """
+    llama, (rows, tokens) = model.model, ids.shape
+    groups, width = model.config.num_key_value_heads, llama.layers[0].self_attn.head_dim
+    mask = visible(attended, tokens)
+    hidden = llama.embed_tokens(ids)
+    cos, sin = (part[:, :, None] for part in llama.rotary_emb(hidden, positions))
+    sin = torch.cat(
+        [-sin[..., : width // 2], sin[..., width // 2 :]], -1
+    )  # the sign of rotate_half: a roll does the rest
+    for index, layer in enumerate(llama.layers):
+        attention, mlp = layer.self_attn, layer.mlp
+        states = attention.qkv_proj(norm(hidden, layer.input_layernorm)).view(rows, tokens, -1, width)
+        turned = states[:, :, :-groups]  # queries and keys
+        turned = torch.addcmul(turned * cos, turned.roll(width // 2, -1), sin)
+        query, key = turned[:, :, :-groups].transpose(1, 2), turned[:, :, -groups:].transpose(1, 2)
+        keys, values = cache.update(key, states[:, :, -groups:].transpose(1, 2), index)
+        answer, _ = attend(attention, query, keys, values, mask, scaling=attention.scaling)
+        hidden = hidden + attention.o_proj(answer.reshape(rows, tokens, -1))
+        gate, up = mlp.gate_up_proj(norm(hidden, layer.post_attention_layernorm)).chunk(2, -1)
+        hidden = hidden + mlp.down_proj(mlp.act_fn(gate) * up)
+    return model.lm_head(norm(hidden[:, -1], llama.norm))
+
+
+def visible(attended: Any, tokens: int) -> Any:
+    """Return which columns each of the last `tokens` sees: (rows, 1, tokens, columns), None for all."""
+    if tokens == 1:
+        return None if attended.all() else attended[:, None, None].bool()
+    columns = attended.shape[1]
+    earlier = torch.ones(tokens, columns, dtype=torch.bool).tril(columns - tokens)
+    itself = torch.eye(tokens, columns, dtype=torch.bool).roll(columns - tokens, 1)  # or what it computes is no number
+    return attended[:, None, None].bool() & earlier | itself
+
+
+def norm(x: Any, layer: Any) -> Any:
+    """The layer's RMS norm, in a third of the time that torch.nn.functional.rms_norm takes for so few numbers."""
+    length = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
+    scale = torch.addcmul(length.new_tensor(layer.variance_epsilon), length, length, value=1 / x.shape[-1]).rsqrt()
+    return (x * scale).to(x.dtype) * layer.weight

@@ -283,7 +283,7 @@ def job_failed(error: Exception) -> JobFailed:
     if isinstance(error, JobFailed):
         return error
     if isinstance(error, base_models.ModelUnavailable):
-        return JobFailed("model_unavailable", str(error), "model")
+        return JobFailed("model_not_available", str(error), "model")
     if isinstance(error, MemoryError) or re.search("out of memory|allocate memory", str(error)):  # or a RuntimeError
         cure = "use a smaller batch_size, shorter examples or a smaller model"
         return JobFailed("out_of_memory", f"The trainer ran out of memory; {cure}.")

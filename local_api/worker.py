@@ -52,6 +52,7 @@ class Worker:
         self.store, self.models = store, models
         self.trainer_command = list(trainer_command)
         self.stopping = 0.0  # when it was asked to stop (time.monotonic), else 0
+        self.training = False
         self._news = threading.Condition()
         lines = {"validate": (self._validate_job, "validating_files"), "train": (self._train_job, "running", "queued")}
         self._threads = [
@@ -142,7 +143,11 @@ class Worker:
             except OSError as error:
                 reason = f"{self.trainer_command[0]} cannot be started ({error.strerror}); see --launcher."
                 raise JobFailed("server_error", reason) from None
-        stopped = self._follow(trainer, job["id"], directory)
+        self.training = True
+        try:
+            stopped = self._follow(trainer, job["id"], directory)
+        finally:
+            self.training = False
         self._read_events(job["id"], directory)
         if not self._take_outcome(job["id"], directory) and not stopped:
             self._record_death(trainer.returncode, job["id"], directory)

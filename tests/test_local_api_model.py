@@ -470,6 +470,40 @@ def test_a_model_larger_than_the_memory_is_refused_in_a_sentence(tiny_model):
     engine.close()
 
 
+@pytest.mark.parametrize("family", ["Llama", "Qwen2"])
+def test_quick_steps_say_what_transformers_own_say(family):
+    """Prompts of unequal length, then more tokens than the cache has free columns at first, with rows that leave."""
+    import torch
+    import transformers
+
+    from local_api import inference
+
+    shape = {"hidden_size": 48, "num_attention_heads": 6, "num_key_value_heads": 2, "num_hidden_layers": 2}
+    config = getattr(transformers, f"{family}Config")(
+        vocab_size=90, intermediate_size=64, initializer_range=0.3, **shape
+    )
+    torch.manual_seed(5)
+    model = getattr(transformers, f"{family}ForCausalLM")(config).eval()
+    quick = type(model)(config).eval()
+    quick.load_state_dict(model.state_dict())
+    inference.quicken(quick)
+    caches = inference.new_cache(), transformers.DynamicCache()
+    ids, attended = torch.randint(90, (3, 9)), torch.ones(3, 9, dtype=torch.long)
+    attended[1, :4] = 0
+    for _ in range(inference.GrowingLayer.ROOM + 40):
+        positions = (attended.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1] :]
+        with torch.inference_mode():
+            ours = inference.next_logits(quick, ids, attended, positions, caches[0])
+            output = model(input_ids=ids, attention_mask=attended, position_ids=positions, past_key_values=caches[1])
+        assert torch.allclose(ours, output.logits[:, -1], atol=1e-3)
+        if attended.shape[1] == 30:
+            attended = attended[:2]
+            for layer in (*caches[0].layers, *caches[1].layers):
+                layer.keys, layer.values = layer.keys[:2], layer.values[:2]
+        ids = torch.randint(90, (len(attended), 1))
+        attended = torch.cat([attended, torch.ones_like(ids)], 1)
+
+
 def test_any_causal_chat_model_can_be_a_base(tmp_path):
     """Another size and another context than the default's: nothing rests on SmolLM2's shape."""
     other = make_tiny_model(tmp_path / "other", context=256, hidden=32, layers=1)
