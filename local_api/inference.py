@@ -74,6 +74,8 @@ class GrowingLayer(DynamicLayer):
     """A layer's keys and values with free columns after them: a new token is written there and moves nothing."""
 
     ROOM = 64  # columns
+    keys: Any
+    values: Any
     blocks: tuple = ()
     shown: Any = None  # what keys was when it was a part of blocks
 
