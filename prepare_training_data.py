@@ -89,7 +89,7 @@ SECRETS = (  # what it is, a text that each has (looked for first: that is ten t
     ("an API key", "sk-", r"(?<![A-Za-z0-9])sk-(?=[A-Za-z_-]*\d)[A-Za-z0-9_-]{20,}"),
     ("an AWS access key", "IA", r"A[KS]IA[A-Z0-9]{16}"),
     ("a GitHub token", "gh", r"gh[pousr]_[A-Za-z0-9]{36,}"),
-    ("a GitHub token", "github_pat_", r"github_pat_[A-Za-z0-9]{22,}"),
+    ("a GitHub token", "github_pat_", r"github_pat_[A-Za-z0-9_]{22,}"),
     ("a GitLab token", "glpat-", r"glpat-[A-Za-z0-9_-]{20,}"),
     ("a Google API key", "AIza", r"AIza[A-Za-z0-9_-]{35}"),
     ("a Hugging Face token", "hf_", r"hf_[A-Za-z0-9]{30,}"),

@@ -58,6 +58,7 @@ def next_logits(model: Any, ids: Any, attended: Any, positions: Any, cache: Any)
 
 
 CORES = torch.get_num_threads()
+LIKELY = 16  # tokens
 
 
 def use_cores(half: bool) -> None:
@@ -184,7 +185,21 @@ def llama_logits(model: Any, ids: Any, attended: Any, positions: Any, cache: Any
         hidden = hidden + attention.o_proj(answer.reshape(rows, tokens, -1))
         gate, up = mlp.gate_up_proj(norm(hidden, layer.post_attention_layernorm)).chunk(2, -1)
         hidden = hidden + mlp.down_proj(mlp.act_fn(gate) * up)
-    return model.lm_head(norm(hidden[:, -1], llama.norm))
+    hidden = norm(hidden[:, -1], llama.norm)
+    logits = model.lm_head(hidden).float()
+    if model.config.tie_word_embeddings:
+        sharpen(logits, hidden, llama.embed_tokens.weight)
+    return logits
+
+
+def sharpen(logits: Any, hidden: Any, weight: Any) -> None:
+    """Compute the LIKELY largest logits of each row anew, in fp32.
+
+    In bf16 25.19 and 25.30 are the same number, and the likeliest token would be the one that comes first in the
+    vocabulary. Shapes: logits (rows, vocabulary), hidden (rows, size), weight (vocabulary, size).
+    """
+    likely = logits.topk(min(LIKELY, logits.shape[1])).indices
+    logits.scatter_(1, likely, torch.bmm(weight[likely].float(), hidden.float()[:, :, None])[:, :, 0])
 
 
 def visible(attended: Any, tokens: int) -> Any:

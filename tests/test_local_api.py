@@ -691,7 +691,9 @@ def test_max_memory_takes_sizes_with_units(capsys, text, size):
 
 
 def test_max_memory_reaches_the_engine_and_a_model_that_is_too_large_is_a_503():
-    state = SimpleNamespace(engine=None, models=SimpleNamespace(locate=None), settings=Settings(max_memory=5))
+    state = SimpleNamespace(
+        engine=None, models=SimpleNamespace(locate=None), settings=Settings(max_memory=5), worker=None
+    )
     engine = Generating(state).engine()
     assert engine.max_memory == 5
     engine.close()

@@ -480,7 +480,7 @@ def test_quick_steps_say_what_transformers_own_say(family):
 
     shape = {"hidden_size": 48, "num_attention_heads": 6, "num_key_value_heads": 2, "num_hidden_layers": 2}
     config = getattr(transformers, f"{family}Config")(
-        vocab_size=90, intermediate_size=64, initializer_range=0.3, **shape
+        vocab_size=90, intermediate_size=64, initializer_range=0.3, tie_word_embeddings=True, **shape
     )
     torch.manual_seed(5)
     model = getattr(transformers, f"{family}ForCausalLM")(config).eval()
@@ -502,6 +502,19 @@ def test_quick_steps_say_what_transformers_own_say(family):
                 layer.keys, layer.values = layer.keys[:2], layer.values[:2]
         ids = torch.randint(90, (len(attended), 1))
         attended = torch.cat([attended, torch.ones_like(ids)], 1)
+
+
+def test_the_likeliest_tokens_are_told_apart_where_bf16_cannot():
+    import torch
+
+    from local_api.inference import sharpen
+
+    hidden, weight = torch.ones(1, 8, dtype=torch.bfloat16), torch.zeros(40, 8, dtype=torch.bfloat16)
+    weight[3, :2], weight[7, :2] = torch.tensor([24, 1.1875]), torch.tensor([24, 1.25])
+    logits = (hidden @ weight.T).float()
+    assert logits[0, 3] == logits[0, 7]
+    sharpen(logits, hidden, weight)
+    assert (logits[0, 3], logits[0, 7], logits.argmax()) == (25.1875, 25.25, 7)
 
 
 def test_any_causal_chat_model_can_be_a_base(tmp_path):
