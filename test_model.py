@@ -530,7 +530,8 @@ def ask(client, request: dict) -> dict:
         try:
             choice, usage = completion.choices[0], completion.usage and completion.usage.model_dump(exclude_none=True)
             answer = {"text": choice.message.content or "", "finish_reason": choice.finish_reason, "usage": usage}
-            answer["text"].casefold()  # a list of parts is no text
+            answer["text"].casefold()  # a list of parts is no text,
+            (usage or {}).get("completion_tokens", 0) + 0  # and a text is no number of tokens
         except (AttributeError, TypeError, IndexError):  # the SDK hands on whatever the server sends
             raise openai.APIError("it is no chat completion", request=None, body=None) from None  # type: ignore[arg-type]
     return {**answer, "seconds": round(time.perf_counter() - start, 3), "error": None}

@@ -748,6 +748,7 @@ def test_passing_faults_are_asked_again(api, monkeypatch, fault):
         {"choices": [{"message": None, "finish_reason": "stop"}]},
         {"choices": [{"message": {"content": [{"type": "text", "text": "a"}]}, "finish_reason": "stop"}]},
         {"choices": [{"message": {"content": "a"}, "finish_reason": "stop"}], "usage": 5},
+        {"choices": [{"message": {"content": "a"}, "finish_reason": "stop"}], "usage": {"completion_tokens": "many"}},
     ],
 )
 def test_an_answer_that_is_no_chat_completion_is_a_failed_call(api, monkeypatch, body):
