@@ -227,13 +227,12 @@ def start_fine_tuning(
     }
     with server_errors_explained(client):
         records = [] if dry_run else records_on(client)
-        unfinished = {begun["token"] for begun in records if not begun["job_id"]}
+        unfinished = {begun["token"] for begun in records if not (begun["job_id"] and begun.get("reported", True))}
         for begun in records:
             settle(client, begun, force)
         record = next((begun for begun in records if fits(begun, wanted, force, unfinished)), None)
         job = living_job(client, record["job_id"]) if record else None
         if record and job:
-            write_record(record)
             say("This job exists already: same bytes, options and server. (--force starts a new one.)")
         else:
             found = check_before_spending(client, wanted, paths, max_cost)
@@ -245,6 +244,7 @@ def start_fine_tuning(
                 record = new_record(client, {**wanted, **found, "forced": force}, paths, records)
             job = create_job(client, record, contents)
     say(f"\nJob ID: {job.id}\nModel: {job.model or wanted['model']}\nStatus: {job.status}")
+    write_record({**record, "reported": True})  # until then a repeated --force means this job, not one more
     return job.id
 
 
@@ -563,7 +563,7 @@ def new_record(client, fields: dict, paths: dict, records: list[dict]) -> dict:
         # With its hash in its name, a file of that name is the right one, whatever the clocks say.
         name = f"{Path(path).stem}-{digest[:12]}{Path(path).suffix}"
         record[f"{role}_name"] = re.sub(r"[^A-Za-z0-9._-]", "_", name)  # what no server writes in another way
-    return {**record, "token": token, "unanswered": {}}
+    return {**record, "token": token, "unanswered": {}, "reported": False}
 
 
 def fits(record: dict, wanted: dict, force: bool, unfinished: set[str]) -> bool:
