@@ -24,7 +24,7 @@ from pathlib import Path
 DOCS = Path(__file__).resolve().parent
 RUN = DOCS / "run"
 SCRIPTS = ("prepare_training_data", "fine_tune", "check_fine_tune_status", "use_fine_tuned_model", "test_model")
-JOB = {"job_id": "ftjob-OrY7AlUUQJ8qIrYRmOEAYQ10", "model": "smollm2-135m-instruct", "hyperparameters": {"n_epochs": 3}}
+JOB = {"job_id": "ftjob-XadQ7gO6iJdgq3s4HDOrmiay", "model": "smollm2-135m-instruct", "hyperparameters": {"n_epochs": 3}}
 CHROMIUM = ("chromium", "chromium-browser", "google-chrome", "chrome")
 WINDOW = "900,645"  # pixels: as far down as the success criteria
 

@@ -266,18 +266,22 @@ def test_readme_s_rounds_are_those_of_the_kept_runs():
     assert [name for name, *_ in rows] == ["format", "escalation", "decline", "multi-turn", "all", "fresh cases"]
 
 
+def listed(numbers) -> str:
+    *first, last = map(str, numbers)
+    return f"{', '.join(first)} and {last}"
+
+
 def test_readme_s_figures_of_other_seeds_are_those_of_the_kept_runs():
-    text = " ".join(README.split())
-    first, second = (summary["fine_tuned"]["passed"] for summary in kept("seeds.json"))
-    assert f"with two other seeds, {first} and {second} passed" in text and f"gave {first} and {second} of 42" in text
-    forms = [summary["categories"]["format"]["fine_tuned"]["passed"] for summary in kept("seeds.json")]
-    assert "the format in {} and {} of 24".format(*forms) in text
-    turns = [
-        summary["categories"]["multi-turn"] for summary in (kept("test_results.json")["summary"], *kept("seeds.json"))
-    ]
-    before = [side["fine_tuned"]["passed"] for side in turns]
-    after = [run["cases"]["categories"]["multi-turn"]["fine_tuned"]["passed"] for run in kept("rounds.json").values()]
-    assert "{}, {} and {} passed before, {}, {} and {} after".format(*before, *after) in text
+    text, seeds = " ".join(README.split()), kept("seeds.json")
+    passed = listed(summary["fine_tuned"]["passed"] for summary in seeds)
+    forms = listed(summary["categories"]["format"]["fine_tuned"]["passed"] for summary in seeds)
+    assert len(seeds) == 4 and "Trained four times more with other seeds" in text
+    assert f"gave {passed} of 42, and the format in {forms} of 24" in text
+    assert f"with four other seeds, {passed} passed" in text
+    turns = [summary["categories"]["multi-turn"] for summary in (kept("test_results.json")["summary"], *seeds)]
+    before = listed(side["fine_tuned"]["passed"] for side in turns)
+    later = (run["cases"]["categories"]["multi-turn"]["fine_tuned"] for run in kept("rounds.json").values())
+    assert f"{before} passed before, {listed(side['passed'] for side in later)} after" in text
     third, hard = kept("rounds.json")["round 3"], ("escalation", "decline", "multi-turn")
     looked_at = [third["cases"]["categories"][name]["fine_tuned"] for name in hard]
     passed, cases = (sum(side[key] for side in looked_at) for key in ("passed", "cases"))

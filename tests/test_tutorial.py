@@ -25,7 +25,7 @@ README = (ROOT / "README.md").read_text("utf-8")
 LAB = README[README.index("## The lab") : README.index("## Where it runs")]
 OWN_DATASET = README[README.index("## Your own dataset") : README.index("## Troubleshooting")]
 # The ids of the run that README shows; the test's own take their places.
-JOB, MODEL = "ftjob-OrY7AlUUQJ8qIrYRmOEAYQ10", "ft:smollm2-135m-instruct:local::4v7QlW8n"
+JOB, MODEL = "ftjob-XadQ7gO6iJdgq3s4HDOrmiay", "ft:smollm2-135m-instruct:local::h7tVCuHp"
 
 
 def commands_in(text: str) -> list[str]:
