@@ -343,14 +343,14 @@ def numbers(fields: dict) -> dict:
     for name, value in fields.items():
         with suppress(TypeError, ValueError):
             if math.isfinite(float(value)):
-                found[name] = int(value) if name.endswith(("step", "steps")) else float(value)
+                found[name] = int(float(value)) if name.endswith(("step", "steps")) else float(value)
     return found
 
 
 def result_rows(client, job) -> list[dict]:
     """Return the rows of the job's result file, [] if there is none; OpenAI sends the CSV in Base64, others plain."""
     # There may be none, or it is deleted, not ours to read, or a file of another kind.
-    with unless_missing(403), suppress(ValueError, TypeError, IndexError):
+    with unless_missing(403), suppress(ValueError, TypeError, IndexError, csv.Error):
         content = client.files.content(job.result_files[0]).content
         text = (content if content.startswith(b"step,") else base64.b64decode(content)).decode()
         rows = csv.DictReader(io.StringIO(text.replace("train_accuracy", "train_mean_token_accuracy", 1)))
@@ -383,7 +383,9 @@ def describe(client, job, events: list) -> dict:
     if status == "succeeded":
         metrics = max(metrics, result_rows(client, job), key=len)
         checkpoints = checkpoints_of(client, job)
-    validated = [figures for figures in checkpoints or metrics if validation_loss(figures)]
+    whole = [figures for figures in metrics if "full_valid_loss" in figures]  # the others are of a batch each
+    validated = [figures for figures in checkpoints if validation_loss(figures)]
+    validated = validated or [figures for figures in whole or metrics if validation_loss(figures)]
     best = min(validated, key=validation_loss, default={})
     overfitting = None
     if validated and validation_loss(validated[-1]) > OVERFIT * validation_loss(best):
@@ -543,7 +545,7 @@ def show(seen: dict, client, named: str | None) -> None:
         losses = f"train_loss {checkpoint.get('train_loss', math.nan):.3f}"
         if validation_loss(checkpoint):
             losses += f"  valid_loss {validation_loss(checkpoint):.3f}"
-        best = "  <- lowest validation loss" if checkpoint["model"] == seen["best_checkpoint"] else ""
+        best = "  <- lowest validation loss" if checkpoint["model"] == (seen["best_checkpoint"] or "none") else ""
         print(f"  step {checkpoint['step']:<5}  {losses}  {checkpoint['model']}{best}")
     if seen["overfitting"]:
         print(f"\n{seen['overfitting']}")
@@ -761,7 +763,9 @@ def main(argv: list[str] | None = None) -> int:
         if isinstance(stream, io.TextIOWrapper):  # a terminal that cannot show a character shows "?"
             stream.reconfigure(errors="replace")
     try:
-        return run(args)
+        exit_code = run(args)
+        sys.stdout.flush()  # what is still to be written fails here or nowhere
+        return exit_code
     except StepError as error:
         print(error, file=sys.stderr)
         return error.exit_code

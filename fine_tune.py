@@ -211,6 +211,9 @@ def start_fine_tuning(
     Raises StepError with the sentence for the reader.
     """
     hyperparameters = {name: value for name, value in hyperparameters.items() if value is not None}  # no "auto" is sent
+    if {"model", *ROLES} & (extra or {}).keys() or '"n_epochs"' in json.dumps(extra):
+        names = ", ".join(("model", *ROLES))
+        raise StepError(f"--extra may hold no {names} or n_epochs: they have options of their own, which are checked.")
     if not all(value and 0 < value < math.inf for value in hyperparameters.values()):
         raise StepError("--n-epochs, --batch-size and --learning-rate-multiplier must be numbers above 0.")
     client = connect(REQUEST_TIMEOUT).with_options(max_retries=0)  # what may be sent twice is decided here
@@ -340,7 +343,9 @@ def find(client, record: dict, what: str):
     try:
         if what == "job_id":
             return patiently(lambda: find_job(client, record))
-        return next((file for file in list_files(client) if file.filename == record[f"{what}_name"]), None)
+        files = patiently(lambda: list_files(client))
+        old = {other[what] for other in records_on(client)} if record["forced"] else set()  # --force wants a new one
+        return next((file for file in files if file.filename == record[f"{what}_name"] and file.id not in old), None)
     except openai.APIStatusError as error:
         if error.status_code not in MISSING:
             raise
@@ -351,7 +356,11 @@ def find(client, record: dict, what: str):
 
 
 def list_files(client) -> list:
-    return patiently(lambda: list(itertools.islice(client.files.list(purpose="fine-tune", limit=100), 1000)))
+    return list(itertools.islice(client.files.list(purpose="fine-tune", limit=100), 1000))
+
+
+def list_jobs(client) -> list:
+    return list(itertools.islice(client.fine_tuning.jobs.list(limit=100), 1000))
 
 
 def patiently(request, repeat_when_lost: bool = True):
@@ -367,7 +376,7 @@ def patiently(request, repeat_when_lost: bool = True):
             return request()
         except openai.RateLimitError as error:
             told = error.response.headers.get("retry-after", "")
-            pause = float(told) if told.isdigit() else pause
+            pause = float(told) if re.fullmatch(r"[0-9]+(\.[0-9]+)?", told) else pause
             if out_of_credit(error) or attempt == RETRIES or pause > RATE_LIMIT_WAIT:
                 raise
             note(f"The server asks to slow down; waiting {pause:.0f} s.")
@@ -443,9 +452,11 @@ def request_job(client, record: dict):
         try:
             return client.fine_tuning.jobs.create(model=model, training_file=file, extra_body=request)
         except (openai.BadRequestError, openai.UnprocessableEntityError) as error:
-            if "metadata" not in request or "metadata" not in str(error.body):
+            if request.get("metadata", {}).keys() != {TOKEN} or "metadata" not in str(error.body):
                 raise
             del request["metadata"]  # a server without metadata; find_job then goes by file, model and time
+            record["unanswered"]["job_id"] = time.time()
+            write_record(record)
             return send()
 
     try:
@@ -466,7 +477,7 @@ def request_job(client, record: dict):
 
 def find_job(client, record: dict):
     """Return the job with the record's token or, where the server keeps no metadata, the one that must be it."""
-    jobs = list(itertools.islice(client.fine_tuning.jobs.list(limit=100), 1000))
+    jobs = list_jobs(client)
     tokens = {(job.metadata or {}).get(TOKEN): job for job in jobs}
     others = {other["job_id"] for other in records_on(client)}
     earliest = record["unanswered"]["job_id"] - CLOCK_SKEW
@@ -483,7 +494,10 @@ def find_job(client, record: dict):
 
 def living_job(client, job_id: str | None):
     """Return the job; None if there is none, or if it failed or was cancelled, so that a new one is due."""
-    job = job_id and unless_gone(lambda: client.fine_tuning.jobs.retrieve(job_id))
+    job = job_id and (
+        unless_gone(lambda: client.fine_tuning.jobs.retrieve(job_id))
+        or next((listed for listed in unless_gone(lambda: list_jobs(client)) or [] if listed.id == job_id), None)
+    )
     if job and str(job.status).lower().replace(" ", "_") not in JOB_DEAD:
         return job
     if job_id:

@@ -39,7 +39,7 @@ import threading
 import unicodedata
 from collections import Counter, deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, suppress
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple, TextIO
@@ -75,7 +75,9 @@ MAX_BLANKS = 100_000  # in a row: tiktoken panics at about a million (openai/tik
 MESSAGE_TOKENS, NAME_TOKENS, PRIMING_TOKENS = 3 + 1, 1, 3  # a message's 3 and its role, one token in every encoding
 IMAGE_TOKENS = 85  # at low detail; at high detail it depends on the image, which is not looked at
 LOADING_SECONDS = 20  # for a vocabulary: tiktoken itself would wait for a download for ever
-BLOCK_ROWS = 200  # that a thread judges at a time: enough that threads seldom wait for each other
+BLOCK_ROWS = 200  # that a thread judges at a time: enough that threads seldom wait for each other,
+BLOCK_BYTES = 400_000  # or fewer where rows are long: some blocks are in memory at once
+JOINED_CHARS = 200_000  # that are encoded in one call; each token takes 36 bytes of memory
 CHUNK_CHARS = 1 << 16  # of a JSON array that are read at a time
 
 JSON_ENCODER = json.JSONEncoder(ensure_ascii=False, allow_nan=False)
@@ -86,7 +88,7 @@ CONTROL_TOKEN = re.compile(
 )
 SECRETS = (  # what it is, a text that each has (looked for first: that is ten times faster), the pattern
     ("a private key", "-----BEGIN", r"-----BEGIN (?:[A-Z0-9]+ )*PRIVATE KEY[\s\S]*"),
-    ("an API key", "sk-", r"(?<![A-Za-z0-9])sk-(?=[A-Za-z_-]*\d)[A-Za-z0-9_-]{20,}"),
+    ("an API key", "sk-", r"(?<![A-Za-z0-9])sk-(?=[A-Za-z_-]{0,99}\d)[A-Za-z0-9_-]{20,}"),
     ("an AWS access key", "IA", r"A[KS]IA[A-Z0-9]{16}"),
     ("a GitHub token", "gh", r"gh[pousr]_[A-Za-z0-9]{36,}"),
     ("a GitHub token", "github_pat_", r"github_pat_[A-Za-z0-9_]{22,}"),
@@ -100,7 +102,8 @@ SECRETS = (  # what it is, a text that each has (looked for first: that is ten t
     ("a JSON Web Token", "eyJ", r"eyJ[A-Za-z0-9_-]{8,}\.eyJ[A-Za-z0-9_-]{8,}\.[A-Za-z0-9_-]{8,}"),
 )
 ANY_SECRET = re.compile("|".join(pattern for _, _, pattern in SECRETS))
-# Each secret has one of these and few other texts do; with a rare character in front they are quickly ruled out.
+# Each secret, also a new one, has to have one of these; few other texts do, and a rare character in front rules them
+# out quickly.
 MARKS = (r"_[A-Za-z0-9]{16}", r"-(?!-{9})[\w-]{19}", r"A[\w-]{19}", r"eyJ[\w-]{8}", "xox", "-----BEGIN")
 MAY_BE_SECRET = [re.compile(mark).search for mark in MARKS]
 
@@ -180,10 +183,11 @@ DECODER = json.JSONDecoder(object_pairs_hook=unique_keys)
 def decode_json(text: str, start: int) -> tuple[Any, int]:
     """Return the value that starts there, or a Fault in its place, and where it ends. JSONDecodeError: it is none."""
     try:
-        return DECODER.raw_decode(text, start)
-    except KeyError as error:
-        end = json.JSONDecoder().raw_decode(text, start)[1]
-        return Fault("duplicate-key", error.args[0], text[start:end]), end
+        try:
+            return DECODER.raw_decode(text, start)
+        except KeyError as error:
+            end = json.JSONDecoder().raw_decode(text, start)[1]
+            return Fault("duplicate-key", error.args[0], text[start:end]), end
     except json.JSONDecodeError:
         raise
     except (RecursionError, ValueError):
@@ -335,14 +339,15 @@ class Message:
         else:
             parts = dicts_in(self.content) if self.role != "tool" else []
             self.texts = [p["text"] for p in parts if p.get("type") == "text" and isinstance(p.get("text"), str)]
-            self.images = [p for p in parts if p.get("type") == "image_url" and self.role == "user"]
+            images = [p for p in parts if p.get("type") == "image_url" and self.role == "user"]
+            self.images = [p for p in images if isinstance(dict_at(p, "image_url").get("url"), str)]
             is_list = isinstance(self.content, list) and 0 < len(self.content) == len(self.texts) + len(self.images)
             self.is_valid = self.content is None or is_list
         self.is_blank = bool(self.texts) and not self.images and not any(map(str.strip, self.texts))
         self.all_texts = self.texts
         if "tool_calls" in raw:
             self.calls = [call for call in functions_in(raw["tool_calls"]) if isinstance(call.get("id"), str)]
-            self.has_bad_calls = raw["tool_calls"] != (self.calls or "calls")
+            self.has_bad_calls = not self.calls or raw["tool_calls"] != self.calls
             self.arguments = [call["function"].get("arguments") for call in self.calls]
             names = [call["function"]["name"] for call in self.calls]
             self.all_texts = [*self.texts, *names, *map(str, self.arguments)]
@@ -364,7 +369,8 @@ class Example:
         self.ends_well = "assistant" not in self.roles or self.messages[-1].role == "assistant"
         self.tools, self.parallel = functions_in(raw.get("tools")), raw.get("parallel_tool_calls", True)
         self.text = "\n".join(text for m in self.messages for text in (*m.all_texts, str(m.name)))
-        self.text += json.dumps(raw["tools"]) if "tools" in raw else ""
+        images = [message.images for message in self.messages if message.images]
+        self.text += json.dumps([raw.get("tools"), images]) if "tools" in raw or images else ""
         calls: list[dict] = []
         results: list = []
         for message in self.messages:
@@ -493,16 +499,20 @@ class TokenCounter:
 
     def count_each(self, texts: Iterable[str]) -> dict[str, int]:
         """Return the tokens of each text, which are encoded in one call, so that threads seldom wait for each other."""
-        joined = [text for text in {*texts} if not has_blank_run(text) and END_OF_TEXT not in text]
-        if self.encoding is None or not joined:
-            return {}
-        text = END_OF_TEXT.join(joined)
-        tokens = self.encoding.encode(text, allowed_special={END_OF_TEXT}, disallowed_special=())
-        counts, start = {}, 0
-        for text in joined[:-1]:
-            end = tokens.index(self.encoding.eot_token, start)
-            counts[text], start = end - start, end + 1
-        return counts | {joined[-1]: len(tokens) - start}
+        known = [text for text in {*texts} if not has_blank_run(text) and END_OF_TEXT not in text]
+        counts: dict[str, int] = {}
+        while self.encoding is not None and known:
+            joined, chars = list[str](), 0
+            while known and chars < JOINED_CHARS:
+                joined.append(known.pop())
+                chars += len(joined[-1])
+            text, start = END_OF_TEXT.join(joined), 0
+            tokens = self.encoding.encode(text, allowed_special={END_OF_TEXT}, disallowed_special=())
+            for text in joined[:-1]:
+                end = tokens.index(self.encoding.eot_token, start)
+                counts[text], start = end - start, end + 1
+            counts[joined[-1]] = len(tokens) - start
+        return counts
 
     def count_example(self, example: Example, counts: dict[str, int]) -> tuple[int, int]:
         """Return (all tokens, those trained on); `counts` are those of its texts that are known."""
@@ -569,8 +579,11 @@ def said(messages: Iterable[Message]) -> bytes:
     return text.translate(None, b" \t\n\r\v\f")
 
 
-def compared(rows: Iterable[Row], held_out: dict[bytes, str], split: float, check: bool) -> Iterator[Row]:
+def compared(
+    rows: Iterable[Row], held_out: dict[bytes, str], split: float, check: bool, validation: bool
+) -> Iterator[Row]:
     """Warn of what a row says against those before it and against the test cases; set Row.side."""
+    prompts: dict[int, str] = {}  # {what is asked, under whatever system message: where}; if validation rows follow
     seen: dict[str, dict[int, int | None]] = {}  # {file: {key: line where it stood first}}
     systems: dict[bytes, str] = {}  # {the first that is said, and another: where}
 
@@ -579,9 +592,13 @@ def compared(rows: Iterable[Row], held_out: dict[bytes, str], split: float, chec
 
     for row in rows:
         same_prompt, alike, same = map(earlier, row.keys or (0, 0, 0))
-        if row.side == "validation" and same_prompt:
-            row.fault("validation-overlap", f"the same prompt as {same_prompt} in training; keep it in one of the two")
+        asked = hash(row.prompt)
+        if row.side == "validation" and row.keys and asked in prompts:
+            asked_there = f"the same prompt as {prompts[asked]} in training"
+            row.fault("validation-overlap", f"{asked_there}; keep it in one of the two")
         if row.side == "training":
+            if validation and row.keys:
+                prompts.setdefault(asked, f"{row.file}:{row.line}")
             for key in row.keys:
                 seen.setdefault(row.file, {}).setdefault(key, row.line)
             if same:
@@ -596,7 +613,7 @@ def compared(rows: Iterable[Row], held_out: dict[bytes, str], split: float, chec
             if len(systems) < 2:
                 systems.setdefault(row.system, f"{row.file}:{row.line}")
             turns = row.prompt.split(TURN)
-            beginnings = itertools.accumulate(turns, lambda before, turn: before + TURN + turn)
+            beginnings = itertools.accumulate(turns if held_out else (), lambda before, turn: before + TURN + turn)
             for case in {part for part in itertools.chain(turns, beginnings) if part in held_out}:
                 row.fault("held-out", f"{held_out[case]}; a test must be new to the model")
             if same and not check:
@@ -842,7 +859,9 @@ class TrainingDataPreparator:
         with ExitStack() as stack:
             cases = read_held_out(held_out) if held_out else {}
             files = {side: stack.enter_context(AtomicFile(path)) for side, path in paths.items() if path and not check}
-            judged = compared(self.judged(rows, check), cases, validation_split, check)
+            judged = compared(
+                self.judged(rows, check), cases, validation_split, check, check and bool(validation_output)
+            )
             for row in itertools.chain(judged, whole()):
                 report.add(row)
                 for problem in row.problems:
@@ -860,13 +879,16 @@ class TrainingDataPreparator:
         """Judge rows in order, a block of them to a thread: while tiktoken counts in one, others run."""
         from concurrent.futures import ThreadPoolExecutor  # imported here, so that --help does not wait for it
 
-        threads = min(8, os.cpu_count() or 1)
+        threads, size = min(8, os.cpu_count() or 1), 10
         waiting: deque = deque()
         with ThreadPoolExecutor(threads) as pool:
-            while block := list(itertools.islice(rows, BLOCK_ROWS)):
+            while block := list(itertools.islice(rows, size)):
                 waiting.append(pool.submit(self.judge_block, block, check))
                 if len(waiting) > threads:
-                    yield from waiting.popleft().result()
+                    done = waiting.popleft().result()
+                    row_bytes = sum(len(row.data) for row in done) / len(done)
+                    size = max(1, min(BLOCK_ROWS, int(BLOCK_BYTES / (row_bytes + 1))))
+                    yield from done
             while waiting:
                 yield from waiting.popleft().result()
 
@@ -1037,17 +1059,32 @@ def histogram(sizes: Counter, bars: int = 8) -> Iterator[str]:
         yield f"{f'{start:,}-{start + step - 1:,}':>19}  {bar} {height:,}"
 
 
+def tell(problem: Problem):
+    with suppress_closed(sys.stderr):
+        print(problem, file=sys.stderr)
+
+
+@contextmanager
+def suppress_closed(stream: TextIO) -> Iterator[None]:
+    """Go on without a reader: `head`, for instance, has had enough, but the files and the exit code are still due."""
+    try:
+        yield
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
 def run(args: argparse.Namespace) -> int:
     set_defaults(args)
     options = {name: value for name, value in vars(args).items() if name not in ("model", "system", "json")}
-    tell = None if args.json else lambda problem: print(problem, file=sys.stderr)
-    report = TrainingDataPreparator(args.model, args.system).prepare_data(**options, tell=tell)
-    if args.json:
-        document = {name: value for name, value in vars(report).items() if name != "sizes"}
-        problems = [problem._asdict() for problem in report.problems]
-        print(json.dumps(document | {"prices_as_of": PRICES_DATE, "problems": problems}, indent=2))
-    else:
-        print_report(report, args)
+    report = TrainingDataPreparator(args.model, args.system).prepare_data(**options, tell=None if args.json else tell)
+    with suppress_closed(sys.stdout):
+        if args.json:
+            document = {name: value for name, value in vars(report).items() if name != "sizes"}
+            problems = [problem._asdict() for problem in report.problems]
+            print(json.dumps(document | {"prices_as_of": PRICES_DATE, "problems": problems}, indent=2))
+        else:
+            print_report(report, args)
+        sys.stdout.flush()
     return 1 if report.blocked or (args.check and report.errors) or (args.strict and report.invalid) else 0
 
 
@@ -1068,9 +1105,6 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("\nInterrupted; no file is half written. Run the same command again.", file=sys.stderr)
         return 130
-    except BrokenPipeError:  # the reader of stdout, such as head, has had enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
     except OSError as error:
         print(f"{error.filename or 'Reading or writing failed'}: {error.strerror or error}.", file=sys.stderr)
         return 2

@@ -269,7 +269,8 @@ def as_list(value: Any) -> list:
 
 
 def check_lists(row: dict) -> dict[str, list]:
-    return {name: as_list(value) for name, value in (row.get("checks") or {}).items()}
+    checks = row.get("checks") or {}
+    return {name: [] if value is False else as_list(value) for name, value in checks.items()}
 
 
 def without_null(row: dict) -> dict:
@@ -373,6 +374,8 @@ class CaseFile:
         case |= case_of_messages(as_list(row.get("messages")))
         common, own = check_lists(shared), check_lists(row)
         case["checks"] = {name: common.get(name, []) + own.get(name, []) for name in common | own}
+        if own.get("only_known") == []:  # false: not for this case
+            del case["checks"]["only_known"]
         if not case["question"]:
             self.fault(row, "there is no question: give `question`, or `messages` with a user's and then the answer")
         if not case["answer"] and not any(case["checks"].values()):
@@ -404,7 +407,10 @@ def case_of_messages(messages: list[dict]) -> dict:
 
 def to_messages(case: dict) -> list[dict]:
     system = [{"role": "system", "content": case["system"]}] if case["system"] else []
-    return [*system, *case["history"], {"role": "user", "content": case["question"]}]
+    history = [
+        {"role": turn["role"], "content": turn["content"]} for turn in case["history"]
+    ]  # no weight: it is refused
+    return [*system, *history, {"role": "user", "content": case["question"]}]
 
 
 def conversation_key(messages: list[dict]) -> tuple[str, ...]:
@@ -444,14 +450,20 @@ def mcnemar_exact(fixed: int, broken: int) -> float:
     return min(1.0, 2 * tail / 2**tosses)
 
 
-def cases_needed(fixed: int, broken: int, cases: int) -> int:
+def cases_needed(fixed: int, broken: int, cases: int) -> int | None:
     """Return about how many cases show a difference of this size with a probability of 80 % (Connor 1987).
 
-    A difference below ten in a hundred cases counts as ten: no test set is made for less.
+    A difference below ten in a hundred counts as ten, unless these cases would have shown one of ten; None if nothing
+    is left to be shown then.
     """
-    difference = max(abs(fixed - broken) / max(cases, 1), 0.1)
-    changed = max((fixed + broken) / max(cases, 1), difference)
-    return math.ceil(((Z * math.sqrt(changed) + 0.8416 * math.sqrt(changed - difference**2)) / difference) ** 2)
+    found = abs(fixed - broken) / max(cases, 1)
+    for difference in (max(found, 0.1), found):
+        changed = max((fixed + broken) / max(cases, 1), difference)
+        spread = Z * math.sqrt(changed) + 0.8416 * math.sqrt(changed - difference**2)
+        needed = math.ceil((spread / difference) ** 2) if difference else None
+        if needed is None or needed > cases:
+            break
+    return needed
 
 
 def give_verdict(fixed: int, broken: int, cases: int, failed_calls: int = 0) -> dict:
@@ -463,12 +475,14 @@ def give_verdict(fixed: int, broken: int, cases: int, failed_calls: int = 0) -> 
     elif p_value < 0.05:
         verdict, why = "better" if fixed > broken else "worse", "this is more than luck"
     else:
-        needed = max(cases_needed(fixed, broken, cases), cases + 1)
+        needed = cases_needed(fixed, broken, cases)
+        needed = needed and max(needed, cases + 1)
         # Fewer than six changed cases cannot reach p < 0.05, however they fall. That says nothing about the models
         # where so few were asked that a change in more than one case of ten cannot be ruled out.
         too_few = fixed + broken < 6 and wilson_interval(fixed + broken, cases)[1] > 0.1
         verdict = "not enough cases" if too_few else "no difference shown"
         why = f"if there is a difference, about {needed} cases would show it"
+        why = why if needed else "a difference of ten in a hundred would probably have shown"
     p_text = "p < 0.001" if p_value < 0.001 else f"p = {p_value:.3f}"
     sentence = f"{fixed} fixed and {broken} broken of {cases} cases, {p_text} (McNemar's exact test): {why}."
     return {"verdict": verdict, "sentence": sentence, "p_value": p_value, "cases_needed": needed}
@@ -484,10 +498,15 @@ class Journal:
         self.path, self.answers = path, dict[str, Any]()
         text = Path(path).read_text(encoding="utf-8", errors="replace") if os.path.exists(path) else ""
         self.start = "" if text.endswith("\n") or not text else "\n"  # a killed run may have left half a line
-        for line in () if fresh else text.split("\n"):
+        for line in text.split("\n"):
             with suppress(ValueError, TypeError, KeyError):
                 entry = json.loads(line)
+                if "fresh" in entry:
+                    self.answers.clear()
                 self.answers[entry["asked"]] = entry["answer"]
+        if fresh:  # noted with the first new answer: what stands above it is not gone back to after an interruption
+            self.answers.clear()
+            self.start += '{"fresh": true}\n'
 
     def add(self, asked: str, answer: Any, keep: bool = True) -> None:
         self.answers[asked] = answer
@@ -619,6 +638,7 @@ class ModelTester:
             for call in as_completed(calls):
                 key, error = calls[call], call.exception()
                 if error and not isinstance(error, StepError):
+                    pool.shutdown(wait=False, cancel_futures=True)  # an answer that cannot be kept is not asked for
                     raise error
                 cause: Any = error and error.__context__
                 status, delay = getattr(cause, "status_code", None), retry_delay(cause, tries[key])
@@ -788,10 +808,10 @@ def print_report(summary: dict, results: list[dict]) -> None:
         print(f"  {met}  {one_line(of['name'], 36):<36}{share(of):>15}  ({asked}){judged}")
 
 
-def failing_rows(results: list[dict]) -> str:
-    """Return the cases that the fine-tuned model failed as chat rows (JSONL) to turn into training data."""
+def chat_rows(results: list[dict]) -> str:
+    """Return cases as chat rows (JSONL), to be turned into training data."""
     lines = []
-    for result in [result for result in results if not result["fine_tuned"]["passed"]]:
+    for result in results:
         messages = [*to_messages(result), {"role": "assistant", "content": result["expected"] or ""}]
         row = {"id": result["id"], "category": result["category"], "messages": messages}
         lines.append(json.dumps(row, ensure_ascii=False) + "\n")
@@ -866,7 +886,7 @@ function card(result) {
 put("h1", `Verdict: ${summary.verdict}`);
 put("p", summary.sentence, make("br"), make("i", { style: "width: .7rem" }), ` base model ${summary.base_model} `,
   make("i", { className: "tuned", style: "width: .7rem" }), ` fine-tuned ${summary.model}`);
-for (const [name, of] of [...Object.entries(summary.categories), ["all", summary]])
+for (const [name, of] of Object.entries({ ...summary.categories, all: summary }))
   put("div", rate(name, "", of.base), rate("", "tuned", of.fine_tuned));
 for (const of of summary.criteria) {
   const judged = of.judge_mean === null ? "" : `, judge ${of.judge_mean.toFixed(1)}`;
@@ -877,7 +897,7 @@ const outcomes = ["", "broken", "fixed", "still failing", "still passing"];
 results.sort((one, other) => outcomes.indexOf(one.outcome) - outcomes.indexOf(other.outcome));
 const cards = results.map(card), count = make("output");
 const select = make("select", { ariaLabel: "Category", onchange: () => show() }, make("option", { value: "" }, "all"),
-  ...Object.keys(summary.categories).map(name => make("option", {}, name)));
+  ...Object.keys(summary.categories).filter(name => name !== "all").map(name => make("option", {}, name)));
 const buttons = outcomes.map(value =>
   make("button", { type: "button", value, onclick: () => show(chosen = value) }, value || "all"));
 let chosen = "";
@@ -960,6 +980,8 @@ def run(args, words: list[str]) -> int:
         if path.is_dir() or not os.access(path if path.exists() else path.parent, os.W_OK):
             raise StepError(f"Cannot write {path}: it is a folder, or its folder is missing or read-only.")
     case_file, record, journal = CaseFile(args.cases), read_job_record(), Journal(JOURNAL_FILE, args.fresh)
+    if args.model and args.model.startswith("ftjob-") and args.model != record.get("job_id"):
+        record = {}  # the system prompt and the training data of one job would mislead another job's test
     model, base_model = resolve_models(args, record, journal)
     for case in case_file.cases:
         case["system"] = case["system"] or record.get("system_prompt")
@@ -978,13 +1000,14 @@ def run(args, words: list[str]) -> int:
     write_atomically(args.output, document + "\n")
     if args.report:
         write_atomically(args.report, report_page(summary, results))
-    edited, rows = False, failing_rows(results)
+    edited = False
     if args.failures and os.path.exists(args.failures):
-        edited = Path(args.failures).read_text(encoding="utf-8", errors="replace") != rows
+        there = Path(args.failures).read_text(encoding="utf-8", errors="replace").splitlines()
+        edited = not set(there) <= set(chat_rows(results).splitlines())
     if edited:
         outputs.remove(args.failures)
     elif args.failures:
-        write_atomically(args.failures, rows)
+        write_atomically(args.failures, chat_rows([result for result in results if not result["fine_tuned"]["passed"]]))
     try:
         print_report(summary, results)
         print(f"\nResults: {', '.join(outputs)}")

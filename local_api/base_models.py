@@ -9,6 +9,7 @@ safetensors; code that a model brings along is never run.
 from __future__ import annotations
 
 import hashlib
+import json
 import math
 import os
 import subprocess
@@ -176,10 +177,14 @@ def weight_bytes(model_dir: Path) -> int:
 
     numbers = 0
     try:
-        for path in Path(model_dir).glob("*.safetensors"):
-            with safe_open(path, "pt") as file:
+        index = Path(model_dir) / "model.safetensors.index.json"
+        names = {"model.safetensors"}
+        if index.exists():
+            names = set(json.loads(index.read_text("utf-8"))["weight_map"].values())
+        for name in names:  # not every file of the folder: some bring a second copy of the weights
+            with safe_open(Path(model_dir) / name, "pt") as file:
                 numbers += sum(math.prod(file.get_slice(name).get_shape()) for name in file.keys())  # noqa: SIM118
-    except (OSError, SafetensorError):
+    except (OSError, ValueError, KeyError, SafetensorError):
         return 0  # loading it will say what is wrong
     return numbers * best_dtype(best_device()).itemsize
 
@@ -251,6 +256,11 @@ def load(model_dir: Path, adapter_dir: Path | None = None) -> tuple[Any, Any]:
             model_dir, dtype=best_dtype(device), use_safetensors=True, local_files_only=True, trust_remote_code=False
         )
         tokenizer = AutoTokenizer.from_pretrained(model_dir, local_files_only=True, trust_remote_code=False)
+    kinds = getattr(model.config.get_text_config(), "layer_types", None) or ()
+    if model._is_stateful or any(not kind.endswith("attention") or kind == "linear_attention" for kind in kinds):
+        raise ModelUnavailable(
+            f"{Path(model_dir).name} has recurrent layers; choose a model of attention layers alone."
+        )
     if adapter_dir is not None:
         from peft import PeftModel
 

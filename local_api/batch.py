@@ -100,7 +100,7 @@ class Batch:
     def __init__(self, model_id: str, model: Any, tokenizer: Any, weight_bytes: int):
         self.model_id, self.model, self.tokenizer, self.weight_bytes = model_id, model, tokenizer, weight_bytes
         self.ends = end_of_turn_ids(tokenizer, model)
-        self.context = getattr(model.config, "max_position_embeddings", None) or DEFAULT_CONTEXT
+        self.context = getattr(model.config.get_text_config(), "max_position_embeddings", None) or DEFAULT_CONTEXT
         self.rows: list[Row] = []
         self.cache: Any = None
         self.attended: Any = None

@@ -140,7 +140,8 @@ class Engine:
         try:
             self.work()
         finally:
-            self.closed = True
+            with self.changed:
+                self.closed = True
             unfinished = self.waiting + [row.generation for batch in self.batches.values() for row in batch.rows]
             self.abandon(unfinished, "The server is shutting down.", "server_shutting_down")
 
@@ -155,7 +156,12 @@ class Engine:
                     self.changed.wait()
                 if self.closed:
                     return
-                admitted = self.admit()
+                try:
+                    admitted = self.admit()
+                except Exception:  # the models' register cannot be read, for instance
+                    traceback.print_exc(file=sys.stderr)
+                    self.abandon(self.waiting, "The model cannot be looked up.")
+                    self.waiting, admitted = [], {}
             use_cores(half=self.is_training())
             for model_id, generations in admitted.items():
                 self.attempt(model_id, partial(Batch.add, generations=generations), generations)

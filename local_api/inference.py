@@ -12,10 +12,9 @@ from typing import Any
 
 import torch
 from torch.nn.functional import pad, scaled_dot_product_attention
-from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache, LlamaForCausalLM
+from transformers import DynamicCache, LlamaForCausalLM
 from transformers.cache_utils import DynamicLayer
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import sdpa_mask
 
 from . import base_models
 
@@ -30,9 +29,7 @@ def load(model_dir: Path, adapter_dir: Path | None) -> tuple[Any, Any]:
 
 def quicken(model: Any) -> None:
     """Prepare a model that is on the processor for next_logits; after that, only next_logits can ask it."""
-    if model.config._attn_implementation == "sdpa":
-        model.set_attn_implementation("sdpa_grouped")
-    if type(model) is LlamaForCausalLM:
+    if type(model) is LlamaForCausalLM and model.config._attn_implementation == "sdpa":
         fuse(model)
     if platform.machine() in ("x86_64", "AMD64") and torch.backends.mkldnn.is_available():
         pack(model)
@@ -114,10 +111,6 @@ def attend(module: Any, query: Any, key: Any, value: Any, attention_mask: Any, *
     return answer.reshape(rows, 1, heads, width), None
 
 
-AttentionInterface.register("sdpa_grouped", attend)
-AttentionMaskInterface.register("sdpa_grouped", sdpa_mask)
-
-
 # --- weights ---
 
 
@@ -142,7 +135,11 @@ def pack(model: Any) -> None:
 
 
 def fuse(model: Any) -> None:
-    """Make one linear layer of those that read the same input."""
+    """Make one linear layer of those that read the same input; a model with layers of another kind stays as it is."""
+    heads = {type(layer) for name, layer in model.named_modules() if name.endswith(("_proj", "lm_head"))}
+    if heads != {torch.nn.Linear}:  # quantized, for instance
+        return
+    model.tied = model.lm_head.weight is model.model.embed_tokens.weight  # the config may say so where it is not
     for layer in model.model.layers:
         attention, mlp = layer.self_attn, layer.mlp
         attention.qkv_proj = beside(attention.q_proj, attention.k_proj, attention.v_proj)
@@ -187,7 +184,7 @@ def llama_logits(model: Any, ids: Any, attended: Any, positions: Any, cache: Any
         hidden = hidden + mlp.down_proj(mlp.act_fn(gate) * up)
     hidden = norm(hidden[:, -1], llama.norm)
     logits = model.lm_head(hidden).float()
-    if model.config.tie_word_embeddings:
+    if model.tied:
         sharpen(logits, hidden, llama.embed_tokens.weight)
     return logits
 
@@ -203,10 +200,12 @@ def sharpen(logits: Any, hidden: Any, weight: Any) -> None:
 
 
 def visible(attended: Any, tokens: int) -> Any:
-    """Return which columns each of the last `tokens` sees: (rows, 1, tokens, columns), None for all."""
-    if tokens == 1:
-        return None if attended.all() else attended[:, None, None].bool()
+    """Return which columns each of the last `tokens` sees: (rows, 1, tokens, columns), None for all before it."""
     columns = attended.shape[1]
+    if tokens in (1, columns) and attended.all():
+        return None
+    if tokens == 1:
+        return attended[:, None, None].bool()
     earlier = torch.ones(tokens, columns, dtype=torch.bool).tril(columns - tokens)
     itself = torch.eye(tokens, columns, dtype=torch.bool).roll(columns - tokens, 1)  # or what it computes is no number
     return attended[:, None, None].bool() & earlier | itself

@@ -146,6 +146,9 @@ class Worker:
         self.training = True
         try:
             stopped = self._follow(trainer, job["id"], directory)
+        except BaseException:  # a full disk, for instance: two trainers in one directory would be worse
+            stop_processes([psutil.Process(trainer.pid)])
+            raise
         finally:
             self.training = False
         self._read_events(job["id"], directory)
@@ -189,7 +192,7 @@ class Worker:
                 return True
             self._read_events(job_id, directory)
             time.sleep(POLL_SECONDS)
-        return False
+        return bool(self.stopping)  # a service manager may have stopped the two together
 
     def _status(self, job_id: str) -> str | None:
         return (self.store.get(JOB, job_id) or {}).get("status")
@@ -291,8 +294,10 @@ class Worker:
     def _record_death(self, returncode: int, job_id: str, directory: Path) -> None:
         """The trainer ended without a last word: try again if something killed it, else the job has failed."""
         times_killed = (self.store.get(JOB, job_id) or {}).get("_times_killed", 0) + 1
-        if returncode == -signal.SIGTERM or (returncode < 0 and times_killed < MAX_KILLS):
-            add_event(self.store, job_id, f"The trainer was killed (signal {-returncode})", level="warn")
+        # 0 without a last word: it was asked to stop, and has left behind where it was.
+        if returncode in (0, -signal.SIGTERM) or (returncode < 0 and times_killed < MAX_KILLS):
+            how = f"was killed (signal {-returncode})" if returncode else "was stopped"
+            add_event(self.store, job_id, f"The trainer {how}", level="warn")
             self.store.update(JOB, job_id, _times_killed=times_killed)
             return
         reason = f"The trainer stopped with exit code {returncode}: {last_line(directory / 'trainer.log')}"

@@ -167,6 +167,27 @@ def test_force_starts_anew(api):
     assert (len(api.files), len(api.jobs)) == (2, 2)
 
 
+def test_force_does_not_take_an_old_upload_for_its_own_lost_one(api, no_sleep, capsys):
+    assert fine_tune.main([]) == 0
+    api.fault("POST /files", "drop before")
+    assert fine_tune.main(["--force"]) == 4 and (len(api.files), len(api.jobs)) == (1, 1)
+    assert fine_tune.main(["--force"]) == 0 and (len(api.files), len(api.jobs)) == (2, 2)
+
+
+@pytest.mark.parametrize("status", [405, 501])
+def test_a_server_that_only_lists_its_jobs_gets_no_second_one(api, no_sleep, capsys, status):
+    assert fine_tune.main([]) == 0
+    api.fault("GET /fine_tuning/jobs/*", str(status), times=9)
+    assert fine_tune.main([]) == 0 and len(api.jobs) == 1
+    assert "exists already" in capsys.readouterr().out
+
+
+def test_metadata_of_the_user_is_never_dropped(api, capsys):
+    api.metadata = "rejected"
+    assert fine_tune.main(["--extra", '{"metadata": {"team": "a"}}']) == 2
+    assert api.jobs == {} and "metadata" in capsys.readouterr().err
+
+
 def test_a_file_the_server_has_no_more_is_sent_again(api):
     assert fine_tune.main([]) == 0
     api.files.clear()
@@ -742,6 +763,8 @@ def test_unknown_model(api, capsys):
         (["--extra", '{"lora_alpha": NaN}'], "--extra"),
         (["--extra", '{"lora_alpha": 1e999}'], "--extra"),
         (["--extra", '{"metadata": null}'], "--extra"),
+        (["--extra", '{"model": "gpt-4.1-2025-04-14"}'], "options of their own"),
+        (["--extra", '{"method": {"supervised": {"hyperparameters": {"n_epochs": 50}}}}'], "options of their own"),
         (["--extra", '{"name": "\\ud800"}'], "--extra"),
         (["--suffix", "\udcff"], "--suffix"),
         (["\udcff.jsonl"], "training_file"),

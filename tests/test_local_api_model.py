@@ -470,8 +470,19 @@ def test_a_model_larger_than_the_memory_is_refused_in_a_sentence(tiny_model):
     engine.close()
 
 
-@pytest.mark.parametrize("family", ["Llama", "Qwen2"])
-def test_quick_steps_say_what_transformers_own_say(family):
+ROPE = {"rope_type": "llama3", "rope_theta": 10_000.0, "factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+
+
+@pytest.mark.parametrize(
+    ("family", "more"),
+    [
+        ("Llama", {"tie_word_embeddings": True}),
+        ("Llama", {"tie_word_embeddings": False, "attention_bias": True, "mlp_bias": True, "head_dim": 16}),
+        ("Llama", {"rope_parameters": {**ROPE, "original_max_position_embeddings": 32}}),
+        ("Qwen2", {"tie_word_embeddings": True}),
+    ],
+)
+def test_quick_steps_say_what_transformers_own_say(family, more):
     """Prompts of unequal length, then more tokens than the cache has free columns at first, with rows that leave."""
     import torch
     import transformers
@@ -480,7 +491,7 @@ def test_quick_steps_say_what_transformers_own_say(family):
 
     shape = {"hidden_size": 48, "num_attention_heads": 6, "num_key_value_heads": 2, "num_hidden_layers": 2}
     config = getattr(transformers, f"{family}Config")(
-        vocab_size=90, intermediate_size=64, initializer_range=0.3, tie_word_embeddings=True, **shape
+        vocab_size=90, intermediate_size=64, initializer_range=0.3, **shape, **more
     )
     torch.manual_seed(5)
     model = getattr(transformers, f"{family}ForCausalLM")(config).eval()
@@ -502,6 +513,41 @@ def test_quick_steps_say_what_transformers_own_say(family):
                 layer.keys, layer.values = layer.keys[:2], layer.values[:2]
         ids = torch.randint(90, (len(attended), 1))
         attended = torch.cat([attended, torch.ones_like(ids)], 1)
+
+
+def test_a_head_of_its_own_is_not_taken_for_the_embeddings():
+    """transformers ties two weights only if they are equal, whatever the configuration says."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from local_api import inference
+
+    config = LlamaConfig(
+        vocab_size=90, hidden_size=48, intermediate_size=64, num_attention_heads=6, num_hidden_layers=1
+    )
+    torch.manual_seed(5)
+    model = LlamaForCausalLM(config).eval()
+    model.config.tie_word_embeddings = True
+    ids = torch.randint(90, (1, 9))
+    with torch.inference_mode():
+        theirs = model(input_ids=ids).logits[:, -1]
+        inference.quicken(model)
+        attended = torch.ones_like(ids)
+        ours = inference.next_logits(model, ids, attended, attended.cumsum(1) - 1, inference.new_cache())
+    assert torch.allclose(ours, theirs, atol=1e-3)
+
+
+def test_a_model_with_recurrent_layers_is_refused_in_a_sentence(tmp_path, tiny_model):
+    from transformers import MambaConfig, MambaForCausalLM
+
+    from local_api import base_models
+
+    shutil.copytree(tiny_model, tmp_path / "mamba")
+    (tmp_path / "mamba" / "model.safetensors").unlink()
+    config = MambaConfig(vocab_size=600, hidden_size=16, state_size=4, num_hidden_layers=1)
+    MambaForCausalLM(config).save_pretrained(tmp_path / "mamba")
+    with pytest.raises(base_models.ModelUnavailable, match=r"^mamba has recurrent layers; choose"):
+        base_models.load(tmp_path / "mamba")
 
 
 def test_the_likeliest_tokens_are_told_apart_where_bf16_cannot():

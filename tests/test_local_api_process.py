@@ -238,6 +238,18 @@ def test_kill_9_loses_no_work(tmp_path, victims):
         assert len(second.steps(job)) <= 12, "at most one epoch, here two steps, was repeated"
 
 
+@pytest.mark.skipif(os.name == "nt", reason="needs SIGTERM")
+def test_a_trainer_asked_to_stop_by_someone_else_goes_on(tmp_path):
+    with server(tmp_path) as process:
+        job = process.create_job()
+        process.wait_for_step(job, 3)
+        process.trainers()[0].terminate()
+        process.let_trainers_go()
+        assert wait_for(job.id, process.client).status == "succeeded"
+        said = [event.message for event in process.client.fine_tuning.jobs.list_events(job.id)]
+        assert "The trainer was stopped" in said and sorted(set(process.steps(job))) == list(range(1, 11))
+
+
 def test_an_orphaned_trainer_is_ended_by_the_next_server(tmp_path):
     with server(tmp_path) as first:
         job = first.create_job()

@@ -222,7 +222,8 @@ def faulty() -> dict[str, list[tuple]]:
         "missing-content": [(chat({"role": "user"}, ANSWER), "message 1: `content` is missing"), (qa(1) | {"answer": None}, "")],
         "invalid-content": [(qa(1) | {"answer": 7}, "must be text"), (chat([], ANSWER), ""),
                             (chat("Q?", {"role": "assistant", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}), ""),
-                            (chat([{"type": "input_audio"}], ANSWER), ""),
+                            (chat([{"type": "input_audio"}], ANSWER), ""), (chat([{"type": "image_url"}], ANSWER), ""),
+                            (chat([{"type": "image_url", "image_url": None}], ANSWER), ""),
                             (chat("Q?", CALLING, {"role": "tool", "tool_call_id": "c1", "content": [{"type": "text", "text": "1"}]},
                                   tools=TOOLS), "must be text")],
         "empty-question": [(qa(1) | {"question": " \n"}, "user's message is empty")],
@@ -233,6 +234,7 @@ def faulty() -> dict[str, list[tuple]]:
         + [(chat({"role": "user", "content": "Q?", "weight": 0}, ANSWER), "only an answer")],
         "invalid-tool-call": [(with_calls({"id": "c1"}), "each call needs an id"), (with_calls(CALL | {"id": 1}), ""),
                               (chat("Q?", assistant | {"tool_calls": []}, tools=TOOLS), ""),
+                              (chat("Q?", assistant | {"tool_calls": "calls"}, tools=TOOLS), ""),
                               (chat("Q?", assistant | {"tool_calls": None}, tools=TOOLS), "")],
         "invalid-arguments": [(with_calls(CALL | {"function": {"name": "look_up", "arguments": arguments}}), "must be JSON")
                               for arguments in ("{", {"q": 1}, None, {}, [1], 5, True)],
@@ -242,7 +244,8 @@ def faulty() -> dict[str, list[tuple]]:
         "blank-run": [(qa(1) | {"answer": ANSWER + blank * 1_000_001 + end}, "100,000 blanks")
                       for blank, end in ((" ", ""), (" ", "x"), ("\t", "x"), ("\n", ""), ("\u00a0", "x"))],
         "too-many-tokens": [(qa(1) | {"answer": "word " * 70_000}, "reads the first 65,536")],
-        "secret": [(qa(1) | {"answer": f"{ANSWER} key: {text} end"}, f"holds {name}") for name, text in SECRETS],
+        "secret": [(qa(1) | {"answer": f"{ANSWER} key: {text} end"}, f"holds {name}") for name, text in SECRETS]
+        + [(chat([{"type": "image_url", "image_url": {"url": f"https://x/a.png?c={SECRETS[3][1]}%2F"}}], ANSWER), "an AWS")],
     }  # fmt: skip
 
 
@@ -445,7 +448,9 @@ def test_a_case_that_is_the_beginning_of_a_longer_conversation_is_held_out(capsy
 
 def test_validation_rows_that_stand_in_training(capsys):
     jsonl("train.jsonl", [chat(f"Question {n}?", ANSWER) for n in range(60)])
-    jsonl("val.jsonl", [chat("New?", ANSWER), chat("QUESTION 9?", ANSWER + "b"), chat("x", "")])
+    told = chat({"role": "system", "content": "S"}, {"role": "user", "content": "QUESTION 9?"}, ANSWER + "b")
+    told["messages"][2]["role"] = "assistant"
+    jsonl("val.jsonl", [chat("New?", ANSWER), told, chat("x", "")])
     code, out, err = run(capsys, "--check", "train.jsonl", "--validation-output", "val.jsonl")
     assert "val.jsonl:2: warning: validation-overlap: the same prompt as train.jsonl:10 in training" in err
     assert "val.jsonl:3: error: empty-answer" in err and code == 1
@@ -736,6 +741,38 @@ def test_interrupted_it_leaves_everything_as_it_was(capsys, monkeypatch):
     code, _, err = run(capsys, jsonl("in.jsonl", map(qa, range(60))))
     assert code == 130 and "no file is half written" in err
     assert sorted(path.name for path in Path().iterdir()) == ["in.jsonl", "training_data.jsonl"]
+
+
+@pytest.mark.skipif(os.name == "nt", reason="needs a shell")
+def test_a_reader_that_goes_keeps_neither_the_files_nor_the_exit_code_away():
+    jsonl("in.jsonl", [*map(qa, range(12)), *({"question": n, "answer": ANSWER} for n in range(3000))])
+    for more, code in (("-o out.jsonl", 0), ("--strict -o none.jsonl", 1)):
+        command = f"{{ '{sys.executable}' '{SCRIPT}' in.jsonl {more}; echo $? >code; }} 2>&1 | head -1"
+        subprocess.run(command, shell=True, stdout=subprocess.DEVNULL, timeout=60)
+        assert Path("code").read_text() == f"{code}\n"
+    assert len(Path("out.jsonl").read_text().splitlines()) == 12
+
+
+@pytest.mark.parametrize("value", ["[" * 100_000, "1" * 5_000])
+def test_a_repeated_key_beside_what_cannot_be_read(capsys, value):
+    jsonl("in.jsonl", [*map(qa, range(60)), '{"x": {"a": 1, "a": 1}, "y": ' + value + "}"])
+    code, _, err = run(capsys, "in.jsonl", "--check")
+    assert code == 1 and "in.jsonl:61: error: invalid-json: Nested too deeply" in err
+
+
+def test_secrets_are_looked_for_in_linear_time():
+    assert step_1.secrets_in("-sk-" * 250_000) == ""  # or it would not end before the test's time is up
+
+
+def test_long_rows_are_judged_few_at_a_time(monkeypatch):
+    sizes = []
+    preparator = step_1.TrainingDataPreparator()
+    judge_block = preparator.judge_block
+    monkeypatch.setattr(
+        preparator, "judge_block", lambda rows, check: sizes.append(len(rows)) or judge_block(rows, check)
+    )
+    preparator.prepare_data([qa(n, answer=f"{n} " + "word " * 20_000) for n in range(60)], check=True)
+    assert max(sizes) <= 10 and sizes[-1] <= 4
 
 
 def test_a_closed_pipe_is_no_fault():

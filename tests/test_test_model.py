@@ -196,11 +196,21 @@ def test_wilson_coverage_by_simulation(rate):
 def test_the_verdict_in_words(fixed, broken, cases, verdict):
     given_verdict = step5.give_verdict(fixed, broken, cases)
     assert given_verdict["verdict"] == verdict
-    if verdict not in ("better", "worse"):
+    needed = given_verdict["cases_needed"]
+    if (fixed, cases) == (0, 100):
         assert (
-            given_verdict["cases_needed"] > cases
-            and f"about {given_verdict['cases_needed']} cases" in given_verdict["sentence"]
+            needed is None and "a difference of ten in a hundred would probably have shown" in given_verdict["sentence"]
         )
+    elif verdict not in ("better", "worse"):
+        assert needed > cases and f"about {needed} cases" in given_verdict["sentence"]
+
+
+@pytest.mark.parametrize(
+    ("fixed", "broken", "cases", "needed"),
+    [(8, 3, 22, 74), (1, 2, 42, 77), (12, 4, 200, 390), (3, 1, 1000, 7_847), (0, 0, 100, None), (0, 0, 3, 77)],
+)
+def test_a_small_difference_counts_as_ten_in_a_hundred_until_that_is_ruled_out(fixed, broken, cases, needed):
+    assert step5.cases_needed(fixed, broken, cases) == (needed and pytest.approx(needed, rel=0.02))
 
 
 # --- the scores ---
@@ -571,6 +581,16 @@ def test_which_models_are_compared(api, arguments, pair):
     assert (results()[0]["model"], results()[0]["base_model"]) == pair
 
 
+def test_another_job_s_model_is_not_tested_with_the_recorded_job_s_prompt_and_data(api):
+    other = api.finish(api.add_job(model=BASE)["id"])["id"]
+    write_cases(1)
+    Path("train.jsonl").write_text(json.dumps({"messages": [{"role": "user", "content": "Question 0?"}]}) + "\n")
+    write_record(api, training_file_path="train.jsonl")
+    assert run(other) == 0
+    assert [message["role"] for message in asked(api)[-1]["messages"]] == ["user"]
+    assert "not at hand" in results()[0]["training_file"]
+
+
 def test_the_base_model_may_come_from_the_environment(api, monkeypatch):
     Path("fine_tune_job.json").unlink()
     write_cases(1)
@@ -659,6 +679,16 @@ def test_the_last_next_line_keeps_the_model_that_was_named(api, capsys):
     write_cases(1)
     assert run(TUNED, "--report", "r.html", "--failures", "f.jsonl") == 0
     assert capsys.readouterr().out.endswith(f"Next: python use_fine_tuned_model.py {TUNED}\n")
+
+
+def test_an_interrupted_fresh_run_does_not_go_back_to_the_old_answers(api):
+    write_cases(3)
+    api.answer = lambda model, messages: "old"
+    assert run() == 0
+    fresh = step5.Journal("test_answers.jsonl", fresh=True)
+    assert fresh.answers == {} and len(step5.Journal("test_answers.jsonl").answers) == 7  # the job's model, too
+    fresh.add("one", "new")
+    assert step5.Journal("test_answers.jsonl").answers == {"one": "new"}
 
 
 def test_fresh_is_no_part_of_what_goes_on(api, capsys, monkeypatch):
@@ -1101,7 +1131,9 @@ def test_the_failing_cases_become_rows_that_step_1_accepts(api, tmp_path):
 def test_rows_that_someone_edited_are_not_overwritten(api, capsys):
     write_cases(2)
     assert run("--failures", "failing.jsonl") == 0
-    assert run("--failures", "failing.jsonl") == 0  # unchanged: fine
+    api.answer = lambda model, messages: "It is right." if "0" in messages[-1]["content"] else "Wrong."
+    assert run("--failures", "failing.jsonl", "--fresh") == 0  # our own rows, though other ones now: fine
+    assert len(Path("failing.jsonl").read_text().splitlines()) == 1
     Path("failing.jsonl").write_text("my edits")
     capsys.readouterr()
     assert run("--failures", "failing.jsonl") == 2
@@ -1187,3 +1219,22 @@ def test_a_missing_package_is_named_with_the_cure(api, monkeypatch, capsys):
     assert run() == 2
     err = capsys.readouterr().err
     assert "openai" in err and "virtual environment" in err and "python -m pip install -r requirements.txt" in err
+
+
+def test_only_known_is_switched_off_by_false_and_is_then_no_expectation(api, capsys):
+    Path("facts.json").write_text('{"prices": ["$8"]}')
+    case = {"question": "Question 0?", "answer": "right", "checks": {"only_known": False}}
+    Path("cases.json").write_text(json.dumps({"checks": {"only_known": True}, "cases": [case]}))
+    api.answer = lambda model, messages: "It costs $9."
+    assert run() == 0 and results()[1]["case-1"]["fine_tuned"]["checks"] == []
+    assert not results()[1]["case-1"]["fine_tuned"]["passed"]
+    Path("cases.json").write_text(json.dumps([{**case, "answer": None}]))
+    assert run() == 2 and "nothing is expected" in capsys.readouterr().err
+
+
+def test_weights_of_chat_rows_are_not_sent(api):
+    turns = [("user", "a"), ("assistant", "b"), ("user", "Question 0?"), ("assistant", "right")]
+    messages = [{"role": role, "content": text} | ({"weight": 0} if text == "b" else {}) for role, text in turns]
+    Path("cases.json").write_text(json.dumps([{"messages": messages}]))
+    assert run() == 0
+    assert all(message.keys() == {"role", "content"} for message in asked(api)[-1]["messages"])
