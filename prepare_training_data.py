@@ -76,8 +76,8 @@ MESSAGE_TOKENS, NAME_TOKENS, PRIMING_TOKENS = 3 + 1, 1, 3  # a message's 3 and i
 IMAGE_TOKENS = 85  # at low detail; at high detail it depends on the image, which is not looked at
 LOADING_SECONDS = 20  # for a vocabulary: tiktoken itself would wait for a download for ever
 BLOCK_ROWS = 200  # that a thread judges at a time: enough that threads seldom wait for each other,
-BLOCK_BYTES = 400_000  # or fewer where rows are long: some blocks are in memory at once
-JOINED_CHARS = 200_000  # that are encoded in one call; each token takes 36 bytes of memory
+BLOCK_BYTES = 1_000_000  # or fewer where rows are long: some blocks are in memory at once
+JOINED_CHARS = 1_000_000  # that are encoded in one call; each token takes 36 bytes of memory
 CHUNK_CHARS = 1 << 16  # of a JSON array that are read at a time
 
 JSON_ENCODER = json.JSONEncoder(ensure_ascii=False, allow_nan=False)
@@ -369,8 +369,10 @@ class Example:
         self.ends_well = "assistant" not in self.roles or self.messages[-1].role == "assistant"
         self.tools, self.parallel = functions_in(raw.get("tools")), raw.get("parallel_tool_calls", True)
         self.text = "\n".join(text for m in self.messages for text in (*m.all_texts, str(m.name)))
-        images = [message.images for message in self.messages if message.images]
-        self.text += json.dumps([raw.get("tools"), images]) if "tools" in raw or images else ""
+        for message in self.messages:
+            if message.images:
+                self.text += json.dumps(message.images)
+        self.text += json.dumps(raw["tools"]) if "tools" in raw else ""
         calls: list[dict] = []
         results: list = []
         for message in self.messages:
@@ -592,13 +594,12 @@ def compared(
 
     for row in rows:
         same_prompt, alike, same = map(earlier, row.keys or (0, 0, 0))
-        asked = hash(row.prompt)
-        if row.side == "validation" and row.keys and asked in prompts:
-            asked_there = f"the same prompt as {prompts[asked]} in training"
-            row.fault("validation-overlap", f"{asked_there}; keep it in one of the two")
+        if validation and row.keys and row.side == "training":
+            prompts.setdefault(hash(row.prompt), f"{row.file}:{row.line}")
+        elif validation and row.keys and hash(row.prompt) in prompts:
+            where = prompts[hash(row.prompt)]
+            row.fault("validation-overlap", f"the same prompt as {where} in training; keep it in one of the two")
         if row.side == "training":
-            if validation and row.keys:
-                prompts.setdefault(asked, f"{row.file}:{row.line}")
             for key in row.keys:
                 seen.setdefault(row.file, {}).setdefault(key, row.line)
             if same:
