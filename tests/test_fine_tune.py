@@ -382,8 +382,16 @@ def test_every_fault_while_reporting_the_existing_job(api, no_sleep, kind, how):
     assert fine_tune.main([]) == 0
     codes = play(api, "GET /fine_tuning/jobs/*", kind, how)
     assert codes[-1] == 0
-    # A server that says it has no such job is believed: that, and that alone, leads to a new one.
-    assert len(api.jobs) == (2 if kind == "404" else 1)
+    assert len(api.jobs) == 1, "a job that the server lists is there, also where it says 404 for once"
+
+
+def test_a_job_that_the_server_has_no_more_is_created_anew(api, capsys):
+    assert fine_tune.main([]) == 0
+    gone = record()["job_id"]
+    api.jobs.clear()
+    assert fine_tune.main([]) == 0
+    assert f"Job {gone} is not on the server any more: creating a new one." in capsys.readouterr().err
+    assert list(api.jobs) == [record()["job_id"]] != [gone]
 
 
 @pytest.mark.parametrize("metadata", ["dropped", "rejected"])
