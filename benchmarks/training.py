@@ -233,7 +233,7 @@ def judge(precision: str, folder: Path) -> int:
         Path(json.loads((folder / "job.json").read_text("utf-8"))["model_dir"]), folder / "adapter"
     )
     rows = train.read_examples(str(folder / "held_out.jsonl"), tokenizer, 8192, "held_out")
-    print(step.mean_losses(model.to(torch.float32), rows, step.Ranks())[0])
+    print(step.mean_losses(model.to(torch.float32), rows)[0])
     return 0
 
 

@@ -1,8 +1,7 @@
-"""The mathematics of training: the adapter, the loss of a batch, one step of the optimizer, on one process or many."""
+"""The mathematics of training: the adapter, the loss of a batch, one step of the optimizer."""
 
 from __future__ import annotations
 
-import os
 import random
 from typing import Any
 
@@ -19,45 +18,6 @@ TOKENS_AT_ONCE = {"cpu": 1024, "mps": 4096, "cuda": 4096}
 # In bfloat16 on a CPU a step of rows like the tutorial's takes 17 % longer with PyTorch's fused attention than with
 # plain matrix products. At 1,000 tokens the fused one is faster, and the plain one would take much memory.
 PLAIN_ATTENTION_TOKENS = 512
-
-
-class Ranks:
-    """This process among those that a launcher has started to train one job together; by itself, it is all of them.
-
-    torchrun and `accelerate launch` tell each process its place in the environment: RANK, WORLD_SIZE, LOCAL_RANK.
-    """
-
-    def __init__(self) -> None:
-        self.rank, self.size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-        if self.size > 1:
-            import torch
-
-            cuda = torch.cuda.is_available()
-            if cuda:
-                torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
-            torch.distributed.init_process_group("nccl" if cuda else "gloo")
-
-    def __enter__(self) -> Ranks:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self.size > 1:
-            import torch
-
-            torch.distributed.destroy_process_group()
-
-    def share(self, rows: list[Encoded]) -> list[Encoded]:
-        """Return this process's rows of a batch: none, if there are fewer rows than processes."""
-        return rows[self.rank :: self.size]
-
-    def add_up(self, figures: Any) -> Any:
-        """Replace a tensor by its sum over all processes."""
-        if self.size > 1:
-            import torch
-
-            torch.distributed.all_reduce(figures)
-        return figures
-
 
 # --- the data of a step ---
 
@@ -130,17 +90,16 @@ def losses(model: Any, rows: list[Encoded]) -> tuple[Any, int, int]:
     return torch.nn.functional.cross_entropy(logits, targets, reduction="sum"), right, len(targets)
 
 
-def mean_losses(model: Any, rows: list[Encoded], ranks: Ranks) -> tuple[float, float]:
+def mean_losses(model: Any, rows: list[Encoded]) -> tuple[float, float]:
     """Return (mean loss, token accuracy) of validation rows; nothing is learnt."""
     import torch
 
-    figures = torch.zeros(3, dtype=torch.float64)
+    total, right, count = 0.0, 0, 0
     model.eval()
     with torch.no_grad():
-        for part in parts(ranks.share(rows), TOKENS_AT_ONCE[model.device.type]):
-            loss, right, count = losses(model, part)
-            figures += torch.tensor([loss.item(), right, count], dtype=torch.float64)
-    total, right, count = ranks.add_up(figures.to(torch.float32).to(model.device)).tolist()
+        for part in parts(rows, TOKENS_AT_ONCE[model.device.type]):
+            loss, hits, tokens = losses(model, part)
+            total, right, count = total + loss.item(), right + hits, count + tokens
     return total / count, right / count
 
 
@@ -158,20 +117,15 @@ class Optimizer:
             self.adamw, lambda step: min((step + 1) / warmup, (total_steps - step) / max(1, total_steps - warmup))
         )
 
-    def take_gradient(self) -> Any:
-        """Return the gradient as one float32 tensor, and forget it in the model."""
+    def step(self) -> None:
+        """Take the gradient from the model, which forgets it, and change the adapter by it."""
         import torch
 
-        pieces = []
-        for weight in self.weights:
-            pieces.append((torch.zeros_like(weight) if weight.grad is None else weight.grad).float().flatten())
+        gradients = []
+        for weight in self.weights:  # a layer that text does not reach, such as a vision tower's, has no gradient
+            gradients.append((torch.zeros_like(weight) if weight.grad is None else weight.grad).float().flatten())
             weight.grad = None
-        return torch.cat(pieces)
-
-    def step(self, gradient: Any) -> None:
-        import torch
-
-        self.exact.grad = gradient
+        self.exact.grad = torch.cat(gradients)
         torch.nn.utils.clip_grad_norm_([self.exact], MAX_GRADIENT_NORM)
         self.adamw.step()
         self.schedule.step()
@@ -192,24 +146,17 @@ class Optimizer:
         self.copy_to_model()
 
 
-def train_step(
-    model: Any, optimizer: Optimizer, batch: list[Encoded], ranks: Ranks, stop_asked: bool
-) -> tuple[float, float, bool]:
-    """Update the adapter once; return (mean loss, token accuracy, whether any process was asked to stop).
+def train_step(model: Any, optimizer: Optimizer, batch: list[Encoded]) -> tuple[float, float]:
+    """Update the adapter once; return (mean loss, token accuracy) of the batch before that.
 
-    The loss is the mean over the trained tokens of the whole batch, whatever parts and processes it is computed in.
+    The loss is the mean over the trained tokens of the whole batch, whatever parts it is computed in.
     """
-    import torch
-
     count = sum(sum(row.trained[1:]) for row in batch)
     total, right = 0.0, 0
     model.train()
-    for part in parts(ranks.share(batch), TOKENS_AT_ONCE[model.device.type]):
+    for part in parts(batch, TOKENS_AT_ONCE[model.device.type]):
         loss, hits, _ = losses(model, part)
         (loss / count).backward()
         total, right = total + loss.item(), right + hits
-    gradient = optimizer.take_gradient()
-    figures = ranks.add_up(torch.cat([gradient, gradient.new_tensor([total, right, stop_asked])]))
-    optimizer.step(figures[:-3])
-    total, right, stops = figures[-3:].tolist()
-    return total / count, right / count, stops > 0
+    optimizer.step()
+    return total / count, right / count

@@ -1,7 +1,6 @@
 """Train one fine-tuning job: a LoRA adapter on a base model, in a process of its own, over a job directory.
 
     python -m local_api.train JOB_DIR
-    torchrun --nproc-per-node 2 -m local_api.train JOB_DIR     # several processes share each batch
 
 Reads    job.json        base model, data files, hyperparameters, seed
 Writes   events.jsonl    one line per step, as it happens; the server copies them into the job's events
@@ -12,7 +11,7 @@ Writes   events.jsonl    one line per step, as it happens; the server copies the
          outcome.json    succeeded or failed, written last
 
 Stopped (SIGTERM) and started again on the same directory it goes on from where it was. It knows nothing of HTTP or of
-the server's database, so it can also be run by hand. Of several processes only the first writes.
+the server's database, so it can also be run by hand.
 """
 
 from __future__ import annotations
@@ -32,7 +31,7 @@ from typing import Any
 
 from . import base_models
 from .encoding import Encoded, EncodingError, encode_example
-from .step import BASE_LEARNING_RATE, Optimizer, Ranks, add_lora, epoch_batches, mean_losses, train_step
+from .step import BASE_LEARNING_RATE, Optimizer, add_lora, epoch_batches, mean_losses, train_step
 from .validation import JobFailed
 
 AUTO_BATCH_SIZE = 2  # few examples and short answers: many small steps learn more than few large ones
@@ -174,13 +173,12 @@ def write_results(path: Path, rows: list[dict]) -> None:
 # --- the job ---
 
 
-def train(job_dir: Path, ranks: Ranks, stop: dict) -> dict | None:
+def train(job_dir: Path, stop: dict) -> dict | None:
     """Run the job to its end and return its outcome, or None if `stop["asked"]` became true and it can go on later."""
     import torch
 
     job = json.loads((job_dir / "job.json").read_text(encoding="utf-8"))
-    writes = ranks.rank == 0
-    journal = Journal(job_dir / "events.jsonl" if writes else Path(os.devnull))
+    journal = Journal(job_dir / "events.jsonl")
     torch.manual_seed(job["seed"])
     model, tokenizer = base_models.load(Path(job["model_dir"]))
     limit = min(MAX_TOKENS_PER_EXAMPLE, getattr(model.config, "max_position_embeddings", MAX_TOKENS_PER_EXAMPLE))
@@ -209,24 +207,23 @@ def train(job_dir: Path, ranks: Ranks, stop: dict) -> dict | None:
         epoch, index = divmod(step - 1, steps_per_epoch)
         if index == 0 or not batches:
             batches = epoch_batches(examples, batch_size, job["seed"], epoch)
-        loss, accuracy, stop_asked = train_step(model, optimizer, batches[index], ranks, stop["asked"])
+        loss, accuracy = train_step(model, optimizer, batches[index])
         if not math.isfinite(loss):
             sentence = f"The training loss is no number at step {step}; choose a lower learning_rate_multiplier."
             raise JobFailed("training_diverged", sentence, "learning_rate_multiplier")
         figures = {"train_loss": loss, "train_mean_token_accuracy": accuracy}
         epoch_ends = index + 1 == steps_per_epoch
         if validation and (epoch_ends or step % look_every == 0):
-            figures |= validation_figures(model, validation, step * batch_size, batch_size, epoch_ends, ranks)
+            figures |= validation_figures(model, validation, step * batch_size, batch_size, epoch_ends)
         rows.append({"step": step, **{name: round(figure, 5) for name, figure in figures.items()}})
 
-        now = time.monotonic()
-        if writes:
-            journal.metrics(rows[-1], total_steps)
-            if epoch_ends:
-                save_checkpoint(job_dir, model, rows[-1])
-            if epoch_ends or stop_asked or now - saved_at >= SAVE_SECONDS:
-                saved_at = now
-                save_resume_state(job_dir, optimizer, rows)
+        now, stop_asked = time.monotonic(), stop["asked"]
+        journal.metrics(rows[-1], total_steps)
+        if epoch_ends:
+            save_checkpoint(job_dir, model, rows[-1])
+        if epoch_ends or stop_asked or now - saved_at >= SAVE_SECONDS:
+            saved_at = now
+            save_resume_state(job_dir, optimizer, rows)
         if now - reported_at >= PROGRESS_SECONDS:
             reported_at = now
             remaining = (now - started) / (step - done) * (total_steps - step)
@@ -234,21 +231,18 @@ def train(job_dir: Path, ranks: Ranks, stop: dict) -> dict | None:
         if stop_asked and step < total_steps:
             return None
 
-    if writes:
-        write_adapter(job_dir / "adapter", model)
-        write_results(job_dir / "result.csv", rows)
+    write_adapter(job_dir / "adapter", model)
+    write_results(job_dir / "result.csv", rows)
     return {"status": "succeeded", "trained_tokens": epochs * sum(len(example.ids) for example in examples)}
 
 
-def validation_figures(
-    model: Any, validation: list[Encoded], start: int, batch_size: int, whole: bool, ranks: Ranks
-) -> dict:
+def validation_figures(model: Any, validation: list[Encoded], start: int, batch_size: int, whole: bool) -> dict:
     """Return the loss of one batch of the validation file, another one each time, and after an epoch of all of it."""
     start %= len(validation)
-    loss, accuracy = mean_losses(model, (validation + validation)[start : start + batch_size], ranks)
+    loss, accuracy = mean_losses(model, (validation + validation)[start : start + batch_size])
     figures = {"valid_loss": loss, "valid_mean_token_accuracy": accuracy}
     if whole:
-        loss, accuracy = mean_losses(model, validation, ranks)
+        loss, accuracy = mean_losses(model, validation)
         figures |= {"full_valid_loss": loss, "full_valid_mean_token_accuracy": accuracy}
     return figures
 
@@ -258,6 +252,9 @@ def main(argv: list[str] | None = None) -> int:
     if len(arguments) != 1 or not (Path(arguments[0]) / "job.json").is_file():
         print("Usage: python -m local_api.train JOB_DIR   (a directory that holds job.json)", file=sys.stderr)
         return 2
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:  # what torchrun and accelerate tell each process
+        print("This trainer is one process; start it without a launcher of several.", file=sys.stderr)
+        return 2
     base_models.share_processor()
     if hasattr(os, "nice"):
         os.nice(5)  # answers go before training
@@ -266,15 +263,13 @@ def main(argv: list[str] | None = None) -> int:
         if hasattr(signal, name):
             signal.signal(getattr(signal, name), lambda *_: stop.update(asked=True))
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C in the server's terminal reaches us too; the server decides
-    with Ranks() as ranks:
-        try:
-            outcome = train(job_dir, ranks, stop)
-        except Exception as error:
-            outcome = {"status": "failed", "error": job_failed(error).error}
+    try:
+        outcome = train(job_dir, stop)
+    except Exception as error:
+        outcome = {"status": "failed", "error": job_failed(error).error}
     if outcome is None:
         return 0
-    if ranks.rank == 0:
-        write_file(job_dir / "outcome.json", lambda scratch: scratch.write_text(json.dumps(outcome), encoding="utf-8"))
+    write_file(job_dir / "outcome.json", lambda scratch: scratch.write_text(json.dumps(outcome), encoding="utf-8"))
     return 0 if outcome["status"] == "succeeded" else 1
 
 

@@ -242,57 +242,6 @@ def test_a_large_batch_is_computed_in_parts_with_the_same_result(tiny_model, tmp
     assert len(one) > 1 and one == pytest.approx(other, rel=0.02)
 
 
-IN_FLOAT32 = """
-import sys, torch
-from local_api import base_models, train
-base_models.best_dtype = lambda device: torch.float32
-sys.exit(train.main())
-"""
-
-
-def launch(job_dir: Path, processes: int, program: tuple = ("-m", "local_api.train")) -> subprocess.Popen:
-    """Start the trainer with torchrun, as `--launcher` does."""
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-    return subprocess.Popen([*torchrun, *program, str(job_dir)], cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)})
-
-
-@pytest.mark.skipif(os.name != "posix", reason="torchrun on Windows needs a PyTorch built with libuv")
-def test_two_processes_give_the_loss_of_one(tiny_model, tmp_path):
-    program = tmp_path / "in_float32.py"
-    program.write_text(IN_FLOAT32, encoding="utf-8")
-    # 11 rows in batches of 5: the last batch has one row, so one of the two processes gets none.
-    training = str(write_training_file(tmp_path / "training.jsonl", examples=11))
-    validation = str(write_training_file(tmp_path / "validation.jsonl", examples=3))
-    files = {"training_file": training, "validation_file": validation}
-    settings = {"n_epochs": 3, "batch_size": 5, "learning_rate_multiplier": 3.0}
-    one, two = (make_job(tmp_path / name, tiny_model, hyperparameters=settings, **files) for name in ("one", "two"))
-    alone, together = launch(one, 1, (str(program),)), launch(two, 2, (str(program),))
-    assert alone.wait(300) == together.wait(300) == 0
-    losses = [
-        [figure for event in events(job_dir) if event["type"] == "metrics" for figure in event["data"].values()]
-        for job_dir in (one, two)
-    ]
-    assert len(losses[0]) > 9 * 4 and losses[1] == pytest.approx(losses[0], rel=1e-3)
-    for name, weights in adapter_weights(one).items():
-        assert (weights - adapter_weights(two)[name]).norm() < 1e-2 * weights.norm(), name
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(os.name != "posix", reason="Windows has no SIGTERM that a process could answer")
-def test_several_processes_stop_together_and_go_on(tiny_model, tmp_path):
-    job_dir = make_job(tmp_path / "job", tiny_model, hyperparameters={"n_epochs": 50, "batch_size": 4})
-    first = launch(job_dir, 2)
-    deadline = time.monotonic() + 120
-    while not (job_dir / "checkpoints" / "step-3").exists() and time.monotonic() < deadline:
-        time.sleep(0.01)
-    first.send_signal(signal.SIGTERM)
-    first.wait(60)
-    assert not (job_dir / "outcome.json").exists(), "the job was over before it could be interrupted"
-    assert launch(job_dir, 2).wait(300) == 0
-    steps = [event["data"]["step"] for event in events(job_dir) if event["type"] == "metrics"]
-    assert steps == list(range(1, 151)), "every step is reported once"
-
-
 # --- answering ---
 
 
