@@ -1,390 +1,200 @@
-"""Step 4: ask a fine-tuned model a question, or chat with it.
+"""Step 4: ask the fine-tuned model a question, or chat with it.
 
-Needs a server (OPENAI_BASE_URL or OPENAI_API_KEY, in the environment or .env) and a fine-tuned model there. Without
-MODEL it asks the model of the job in fine_tune_job.json, with the system prompt that the training data had. The answer
-goes to stdout, everything else to stderr; no file is written. Left out: tools, images, saved conversations.
+Needs   the server that .env names, and a model there: by default that of fine_tune_job.json.
+Leaves  nothing on disk. The answer goes to stdout, everything else to stderr.
+Omits   tools, images, saved conversations.
 
     python use_fine_tuned_model.py "How do I reset my password?"
-    python use_fine_tuned_model.py                                   # a chat; /reset starts anew, Ctrl-D leaves
-    python use_fine_tuned_model.py ftjob-abc123 "How do I add a user?" --compare
-    echo "Where is my invoice?" | python use_fine_tuned_model.py --json
-
-Other code asks with answer = create_fine_tuned_handler()(question). Exit codes: 0 answered, 1 the job failed, 2 usage
-or configuration, 3 the job is not finished, 4 server or network failed or the answer was cut short, 130 interrupted.
+    python use_fine_tuned_model.py                                   # a chat; Ctrl-D leaves it
+    python use_fine_tuned_model.py "How do I add a user?" --compare  # asks the base model, too
+    python use_fine_tuned_model.py ftjob-abc123 "Where is my invoice?"
 """
 
-from __future__ import annotations  # so that an older Python gets as far as a sentence
-
 import argparse
-import itertools
 import json
 import os
-import re
 import sys
-import time
-from collections.abc import Callable
-from contextlib import contextmanager, suppress
-from typing import Any, TextIO
-from urllib.parse import urlsplit
+from pathlib import Path
 
-TIMEOUT = 120  # seconds without a byte from the server
-MAX_WAIT = 300  # seconds; a server that wants us to wait for longer is not waited for
-# As in test_model.py: what you read here is what the test measures.
-PARAMETERS = {"temperature": 0.0, "max_tokens": 400}
-# A model's text must not steer the reader's terminal: control characters, and marks that reverse the order of the text.
-CONTROLS = re.compile("[\0-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
-
-
-# --- identical in the four scripts that talk to a server; tests/test_scripts.py holds the copies equal ---
-class StepError(Exception):
-    """One sentence for the reader, and the exit code that goes with it."""
-
-    def __init__(self, sentence: str, exit_code: int = 2):
-        super().__init__(sentence)
-        self.exit_code = exit_code
-
-
-def server_settings() -> tuple[str, str]:
-    """Return the API key and the base URL of the server that the environment or .env names."""
-    from dotenv import load_dotenv
-
-    load_dotenv()
-    # A line end pasted with a key would come back in an error text of the HTTP library, key and all.
-    api_key, base_url = (os.environ.get(name, "").strip() for name in ("OPENAI_API_KEY", "OPENAI_BASE_URL"))
-    if not api_key and not base_url:
-        raise StepError(
-            "No server is configured: copy .env.example to .env to use the local API, "
-            "or set OPENAI_API_KEY to use OpenAI."
-        )
-    if not (api_key.isascii() and api_key.isprintable()):
-        raise StepError("OPENAI_API_KEY holds a character that no key has, such as a typographic dash: paste it again.")
-    if base_url and not re.fullmatch(
-        r"https?://(\[[0-9a-f:]+\]|[\w-]{1,63}(\.[\w-]{1,63})*\.?)(:\d{1,5})?(/\S*)?", base_url
-    ):
-        # Its value is not repeated: it may be the key, set in the wrong variable, or hold a password.
-        raise StepError("OPENAI_BASE_URL is no address such as http://127.0.0.1:8321/v1.")
-    return api_key or "not-needed", base_url.rstrip("/") or "https://api.openai.com/v1"
-
-
-def same_server(one: str | None, other: str | None) -> bool:
-    one, other = ((url or "").rstrip("/").replace("//localhost", "//127.0.0.1") for url in (one, other))
-    return one == other
-
-
-def connect(timeout: float = 600):
-    """Return the SDK's client for that server; after `timeout` seconds without an answer a request counts as lost."""
-    import openai  # imported here: it takes half a second that --help should not cost
-
-    def refuse_what_is_no_answer(response):  # the SDK would hand on a bare string, a list or None
-        content_type = response.headers.get("content-type", "") if response.is_success else ""
-        fault = "a web page" if "html" in content_type else None  # from a proxy or a wrong address
-        if "json" in content_type and not response.url.path.endswith("/content"):
-            response.read()
-            try:
-                fault = None if isinstance(response.json(), dict) else "no JSON object"
-            except ValueError as error:
-                fault = str(error)
-        if fault:
-            raise openai.APIError(fault, response.request, body=None)
-
-    api_key, base_url = server_settings()
-    if base_url.startswith("http:") and not is_local(base_url):
-        print(f"warning: plain http to {base_url}: your key can be read on the way.", file=sys.stderr)
-    timeout = float(os.environ.get("FINE_TUNE_TIMEOUT", timeout))
-    try:
-        http_client = openai.DefaultHttpxClient(event_hooks={"response": [refuse_what_is_no_answer]})
-        return openai.OpenAI(api_key=api_key, base_url=base_url, timeout=timeout, http_client=http_client)
-    except Exception as error:  # of many classes, with texts that may hold a proxy's password
-        fault = f"a value that cannot be used ({type(error).__name__})"
-        raise StepError(f"OPENAI_BASE_URL, SSL_CERT_FILE or one of the *_PROXY variables has {fault}.") from None
-
-
-def is_local(base_url: str) -> bool:
-    return urlsplit(base_url).hostname in ("localhost", "127.0.0.1", "::1")
-
-
-def out_of_credit(error) -> bool:
-    """Tell a 429 that waiting does not cure (credit, spending limit) from one that asks to slow down."""
-    return bool(re.search("insufficient_quota|credit|spend|usage_limit", f"{error.type} {error.code}"))
-
-
-def clean(text) -> str:
-    """Return the text in one line, with no key in it even where the server repeats it."""
-    text, key = " ".join(str(text).split()), os.environ.get("OPENAI_API_KEY", "").strip()
-    return text if len(key) < 16 else text.replace(key, "[key]")  # "local" is no secret
-
-
-@contextmanager
-def server_errors_explained(client):
-    """Turn what the SDK raises inside the block into a StepError: the cause and the cure in one sentence."""
+try:
     import openai
-
-    server = str(client.base_url).rstrip("/")
-
-    try:
-        yield
-    except openai.APITimeoutError:
-        raise StepError(f"{server} did not answer in time; run the same command again.", 4) from None
-    except openai.APIConnectionError as error:
-        cause = clean(error.__cause__ or error).rstrip(".")
-        cure = "check the network and OPENAI_BASE_URL"
-        if "CERTIFICATE" in cause.upper():
-            cure = "its TLS certificate was not accepted; set SSL_CERT_FILE to your organisation's certificates"
-        elif is_local(server):
-            cure = "is the local API running? Start it in another terminal: python -m local_api"
-        raise StepError(f"Cannot reach {server}: {cure} ({cause}).", 4) from None
-    except openai.APIStatusError as error:
-        code, said = error.status_code, error.body.get("message") if isinstance(error.body, dict) else None
-        sentence = {
-            401: "the key was not accepted; check OPENAI_API_KEY and that it belongs to this server",
-            403: "this key may not do that",
-            404: "no such model, job or file on this server; check the id and OPENAI_BASE_URL, which often ends in /v1",
-            413: "the file is larger than this server accepts; split it or shorten it",
-            429: "too many requests; wait a little and run the same command again",
-        }.get(code, "the request was not accepted" if code < 500 else "the server failed; run the same command again")
-        if code == 429 and out_of_credit(error):
-            sentence = "no credit is left or a spending limit is reached, and waiting does not help; see your plan"
-        exit_code = 4 if code == 429 or code >= 500 else 2
-        raise StepError(
-            f"{server} answered {code}: {sentence}. It said: {clean(said or error.message).rstrip('.')}.", exit_code
-        ) from None
-    except (openai.APIError, json.JSONDecodeError) as error:  # an error event in a stream, a body that is not JSON
-        raise StepError(f"{server} sent an answer that cannot be read: {clean(error).rstrip('.')}.", 4) from None
+    from dotenv import load_dotenv
+except ModuleNotFoundError as missing:
+    sys.exit(f"{missing.name} is missing: activate .venv, or pip install -r requirements.txt")
+except KeyboardInterrupt:  # importing openai takes half a second
+    sys.exit(130)
 
 
-def read_job_record(path: str = "fine_tune_job.json") -> dict:
-    """Return what fine_tune.py recorded of its latest job, or {} if there is no record yet."""
-    try:
-        with open(path, encoding="utf-8") as file:
-            return dict(json.load(file))
-    except FileNotFoundError:
-        return {}
-    except (OSError, ValueError, TypeError):
-        raise StepError(f"{path} is not readable JSON; move it away, or name the job or model yourself.") from None
+SAMPLING = {"temperature": 0.0, "max_tokens": 400}  # as in step 5; 0.0: always the likeliest word
+ENDINGS = {  # what the API's finish_reason means, where it is not "stop": the answer is whole
+    "length": "The answer is cut off: it is as long as max_tokens allows (see SAMPLING).",
+    "content_filter": "The server's content filter stopped the answer here.",
+    None: "The server did not say why the answer ended; it may be incomplete.",
+}
 
 
-# --- end of the identical part ---
+# --- The same in the four scripts that talk to a server (tests/test_scripts.py holds it) ---
+def connect(**options) -> openai.OpenAI:
+    """Return a client of the server that .env or the environment names."""
+    load_dotenv()
+    key, url = os.environ.get("OPENAI_API_KEY"), os.environ.get("OPENAI_BASE_URL")
+    if not key and not url:
+        sys.exit("No server is named: copy .env.example to .env, or set OPENAI_API_KEY (OpenAI).")
+    return openai.OpenAI(api_key=key or "not-needed", **options)
 
 
-def get_model_id(job_id: str) -> str:
-    """Return the name of the model that a job made; StepError with exit code 1 if it failed, 3 if it still runs."""
-    client = connect()
-    with server_errors_explained(client):
-        job = client.fine_tuning.jobs.retrieve(job_id)
-    if job.fine_tuned_model:
-        return job.fine_tuned_model
-    exit_code = 1 if job.status in ("failed", "cancelled") else 3
-    raise StepError(f"Job {job_id} is {job.status}: python check_fine_tune_status.py {job_id} --wait", exit_code)
+def explain(error: Exception) -> str:
+    """Return one sentence: what the server answered and the cure, without the key."""
+    server, key = os.environ.get("OPENAI_BASE_URL", "OpenAI"), os.environ.get("OPENAI_API_KEY", "")
+    if isinstance(error, openai.APIConnectionError):
+        return f"No answer from {server}. Is it running? (Local API: python -m local_api)"
+    said, code = str(error), getattr(error, "status_code", "nonsense")
+    if isinstance(body := getattr(error, "body", None), dict):
+        said = str(body.get("message"))
+    said = said.replace(key, "[key]") if len(key) > 8 else said  # "local" is no secret
+    cures: dict = {401: "check OPENAI_API_KEY", 404: "check name and URL", 429: "see your limits"}
+    return f"{server} answered {code}: {said} ({cures.get(code, 'mend that, or try again')})"
 
 
-def resolve_model(name: str | None) -> tuple[str, str | None, str | None]:
-    """Return (model, base model, system prompt) of a model, of a job id, or of None: the job in fine_tune_job.json."""
-    server, record = server_settings()[1], read_job_record()
-    if not name and not record.get("job_id"):
-        raise StepError("fine_tune_job.json holds no job: run python fine_tune.py first, or name a model.")
-    if not name and not same_server(record.get("base_url"), server):
-        raise StepError(f"fine_tune_job.json is for {record.get('base_url')}: set OPENAI_BASE_URL, or name a model.")
-    name = name or record["job_id"]
-    if name.startswith("ftjob-") and name != record.get("job_id"):
-        record = {}  # the system prompt of one job's training data would mislead another job's model
-    model = get_model_id(name) if name.startswith("ftjob-") else name
-    base_model = model.split(":")[1] if model.startswith("ft:") else record.get("model")  # ft:BASE:owner:suffix:id
-    return model, base_model or os.environ.get("FINE_TUNE_MODEL"), record.get("system_prompt")
+def read_job(name: str | None = None) -> dict:
+    """Return the record of the job with this id or model, by default of the latest; {}: none."""
+    earlier = sorted(Path("fine_tune_jobs").glob("*.json"))
+    for path in [Path("fine_tune_job.json"), *(earlier if name else [])]:
+        job = json.loads(path.read_text("utf-8")) if path.exists() else {}
+        if job and name in (None, job["job_id"], job["fine_tuned_model"]):
+            return job
+    return {}
 
 
-def list_models() -> list[dict]:
-    """Return the models you can ask, fine-tuned ones first: dicts of id, owned_by and shutdown_date (str or None)."""
-    client = connect()
-    with server_errors_explained(client):
-        models = sorted(client.models.list(), key=lambda model: (not model.id.startswith("ft:"), model.id))
-    keys = ("id", "owned_by", "shutdown_date")  # the last one is not in the SDK's type
-    return [{key: getattr(model, key, None) for key in keys} for model in models]
+# --- End of what is the same. ---
 
 
-def retry_delay(error, attempt: int) -> float | None:
-    """Return the seconds to wait before asking again after `error`, or None if asking again is no use."""
-    status = getattr(error, "status_code", 500)  # without one: no answer came, or none that can be read
-    passing = status in (408, 409, 429) or status >= 500
-    if not passing or attempt >= (8 if status == 429 else 2) or (status == 429 and out_of_credit(error)):
-        return None
-    stated = error.response.headers.get("retry-after", "") if hasattr(error, "response") else ""
-    delay = float(stated) if re.fullmatch(r"\d+(\.\d+)?", stated) else min(0.5 * 2**attempt, 20)
-    return delay if delay <= MAX_WAIT else None
-
-
-def ask(client, model, system, question, history=(), out: TextIO | None = None, **parameters) -> dict:
-    """Return {"model", "answer", "finish_reason", "usage", "latency_seconds"}; `out` gets the answer as it comes.
-
-    StepError if the answer is cut short: the SDK raises nothing when a stream just ends, so the finish reason decides.
-    What has been shown cannot be taken back, so only an answer of which nothing has come is asked for again.
-    """
-    import openai  # imported here: it takes half a second that --help should not cost
-
-    client = client.with_options(max_retries=0)  # the SDK would wait in silence
+def ask(client, model, system, question, history=(), show=True) -> str:
+    """Return the answer, which comes in a stream of words: `show` prints each as it comes."""
+    # The server remembers nothing: each request carries the system prompt and all turns so far.
     messages = [{"role": "system", "content": system}] if system else []
     messages += [*history, {"role": "user", "content": question}]
-    request = {"model": model, "messages": messages, **PARAMETERS, **parameters, "stream": True}
-    for attempt in itertools.count():
-        result: dict[str, Any] = {"model": model, "answer": "", "finish_reason": None, "usage": None}
-        error, start = None, time.perf_counter()
+    chunks = client.chat.completions.create(model=model, messages=messages, stream=True, **SAMPLING)
+    answer, ending = "", None
+    try:
+        for chunk in chunks:
+            for choice in chunk.choices:  # one; none in a chunk that tells other things
+                text = choice.delta.content or choice.delta.refusal or ""  # why it will not answer
+                answer += text
+                ending = choice.finish_reason or ending
+                print(text if show else "", end="", flush=True)
+    finally:  # the line ends even where the connection breaks
+        print(end="\n" if show else "")
+    if ending != "stop":
+        print(f"({ENDINGS.get(ending, f'It ended with {ending}.')})", file=sys.stderr)
+    return answer
+
+
+def chat(client, model, system) -> None:
+    """Talk until Ctrl-D. A question that the server does not answer ends nothing."""
+    history: list[dict] = []
+    while True:
         try:
-            for chunk in client.chat.completions.create(**request, stream_options={"include_usage": True}):
-                if chunk.usage:
-                    result["usage"] = chunk.usage.model_dump(exclude_none=True)
-                for choice in getattr(chunk, "choices", None) or ():  # none in the last chunk, that of the usage
-                    text = getattr(choice.delta, "content", None) or ""
-                    result["answer"] += text
-                    result["finish_reason"] = choice.finish_reason or result["finish_reason"]
-                    if out:
-                        print(CONTROLS.sub("�", text) if out.isatty() else text, end="", file=out, flush=True)
-        except (openai.APIError, json.JSONDecodeError) as raised:
-            error = raised
-        except (AttributeError, TypeError, UnicodeDecodeError):  # JSON of another shape, or no text at all
-            error = openai.APIError("it is no chat completion", request=None, body=None)  # type: ignore[arg-type]
-        if out and result["answer"]:
-            print(file=out)
-        if result["finish_reason"]:
-            if out and result["finish_reason"] != "stop":
-                print(f"(It ends here: {result['finish_reason']}; see --max-tokens.)", file=sys.stderr)
-            return {**result, "latency_seconds": round(time.perf_counter() - start, 3)}
-        delay = None if result["answer"] else retry_delay(error, attempt)
-        if delay is None:
-            cut = StepError("The answer was cut short: ask again.", 4)
-            if error and result["answer"]:
-                print(cut, file=sys.stderr)  # and the error says why
-            with server_errors_explained(client):
-                raise error or cut
-        reason = "The server limits the rate" if getattr(error, "status_code", 0) == 429 else "No answer came"
-        print(f"{reason}; asking again in {delay:g} s.", file=sys.stderr)
-        time.sleep(delay)
-    raise AssertionError
+            question = input("\nYou (Ctrl-D leaves): ")
+            answer = ask(client, model, system, question, history)
+            history += [{"role": "user", "content": question}]
+            history += [{"role": "assistant", "content": answer}]
+        except openai.APIError as error:
+            print(explain(error), file=sys.stderr)
+        except EOFError:  # Ctrl-D; on Windows Ctrl-Z and Enter
+            return
 
 
-def create_fine_tuned_handler(model: str | None = None, system_prompt: str | None = None) -> Callable[..., str]:
-    """Return handler(question, history=None) -> str, a drop-in for any function that answers a question.
-
-    `model` is a model name, a job id, or None for the job in fine_tune_job.json; `history` is a list of messages
-    {"role": "user" or "assistant", "content": str}. Without `system_prompt` that of the training data is used.
-    """
-    client, (name, _, recorded) = connect(TIMEOUT), resolve_model(model)
-    system = recorded if system_prompt is None else system_prompt
-    return lambda question, history=None: ask(client, name, system, question, history or ())["answer"]
-
-
-def compare_models(prompt, system_prompt=None, model=None, out: TextIO | None = None, **parameters) -> dict:
-    """Return {"base": ..., "fine_tuned": ...}: what each of the two models says to `prompt`, as ask() returns it."""
-    client, (fine_tuned_model, base_model, recorded) = connect(TIMEOUT), resolve_model(model)
-    if not base_model:
-        raise StepError(f"The base model of {fine_tuned_model} is not known: set FINE_TUNE_MODEL to its name.")
-    answers, system = {}, recorded if system_prompt is None else system_prompt
-    for role, name in (("base", base_model), ("fine_tuned", fine_tuned_model)):
-        if out:
-            print(f"--- {role}: {name}", file=out)
-        answers[role] = ask(client, name, system, prompt, out=out, **parameters)
+def compare_models(prompt, system_prompt=None, model=None) -> dict[str, str]:
+    """Show and return what the model answered before its training and after it."""
+    fine_tuned_model, record = find_model(model)
+    if not record:
+        sys.exit(f"No record names the base model of {fine_tuned_model}: ask each by its name.")
+    answers = {}
+    for role, name in (("base", record["model"]), ("fine_tuned", fine_tuned_model)):
+        print(f"--- {role}: {name}")
+        answers[role] = ask(connect(), name, system_prompt or record["system_prompt"], prompt)
     return answers
 
 
-def chat(client, model: str, system: str | None, **parameters) -> None:
-    """Talk until Ctrl-D; each request carries the conversation so far. An answer that fails does not end the chat."""
-    with suppress(ImportError):  # arrow keys in input(); Windows has them anyway
-        import readline  # noqa: F401
-    print("/reset forgets the conversation, Ctrl-D leaves.", file=sys.stderr)
-    history: list[dict] = []
-    with suppress(EOFError):
-        while True:
-            question = input("\nYou: ").strip()
-            if question == "/reset":
-                history = []
-            elif question:
-                try:
-                    answer = ask(client, model, system, question, history, sys.stdout, **parameters)["answer"]
-                    history += [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
-                except StepError as error:
-                    print(error, file=sys.stderr)
+def create_fine_tuned_handler(model=None, system_prompt=None):
+    """Return handler(question, history=()) -> answer, for a program of your own; `history` holds
+    the turns before, as {"role": "user" or "assistant", "content": str}."""
+    client, (name, record) = connect(), find_model(model)
+    system = system_prompt or record.get("system_prompt")
+    return lambda question, history=(): ask(client, name, system, question, history, show=False)
 
 
-def temperature(text: str) -> float:
-    if not 0 <= float(text) <= 2:  # not-a-number is no part of JSON
-        raise argparse.ArgumentTypeError(f"{text} is not between 0 and 2")
-    return float(text)
+def find_model(name: str | None) -> tuple[str, dict]:
+    """Return the model that is named, by itself or by its job, and the job's record, {}: none."""
+    # A checkpoint, the model after an earlier epoch, is called MODEL:ckpt-step-N.
+    record = read_job(name.split(":ckpt-step-")[0] if name else None)
+    if name and not name.startswith("ftjob-"):
+        return name, record
+    if not name and not record:
+        sys.exit("No fine_tune_job.json is here: run python fine_tune.py first, or name a model.")
+    return get_model_id(name or record["job_id"]), record
+
+
+def get_model_id(job_id: str) -> str:
+    """Return the model that a job made; SystemExit if it has made none (yet)."""
+    job = connect().fine_tuning.jobs.retrieve(job_id)
+    if not job.fine_tuned_model:
+        sys.exit(f"Job {job_id} is {job.status}: python check_fine_tune_status.py {job_id} --wait")
+    return job.fine_tuned_model
+
+
+def list_models() -> list[str]:
+    """Return the names of the models that the server can ask."""
+    return [model.id for model in connect().models.list()]
+
+
+def use(args: argparse.Namespace) -> None:
+    if args.list_models:
+        return print(*list_models(), sep="\n")
+    # A model is ft:..., ftjob-..., or any name that stands before a question in quotes.
+    words, name = args.words, None
+    if " ".join(words).startswith(("ft:", "ftjob-")) or (len(words) == 2 and " " in words[1]):
+        name = words.pop(0)
+    if len(words) > 1 or (args.compare and not words):
+        sys.exit('Put the question in quotes: python use_fine_tuned_model.py "I have a question."')
+    model, record = find_model(name)
+    # A model answers as it was trained to when it sees the system prompt of its training data.
+    system = args.system or record.get("system_prompt")
+    source = "--system" if args.system else "that of the training data"
+    if not system:
+        source = "none recorded for this model (--system TEXT sends one)"
+    origin = "" if name == model else f" (made by {name or 'the job in fine_tune_job.json'})"
+    print(f"Model: {model}{origin}\nSystem prompt: {source}\n", file=sys.stderr)
+    if not words:
+        return chat(connect(), model, system)
+    if args.compare:
+        compare_models(words[0], system, name)
+    else:
+        ask(connect(), model, system, words[0])
+    print(f"\nNext: python test_model.py {name or ''}".rstrip(), file=sys.stderr)
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description="Step 4: ask a fine-tuned model a question, or chat with it.",
-        epilog="One argument alone is the MODEL if it is ft:..., ftjob-... or a listed model, else the QUESTION.",
-    )
-    add = parser.add_argument
-    add("model", nargs="?", metavar="MODEL", help="model name or job id (default: the job in fine_tune_job.json)")
-    add("question", nargs="?", metavar="QUESTION", help="without it, or with -, a pipe's text; on a terminal, a chat")
-    add("--system", metavar="TEXT", help="system prompt (default: that of the training data)")
-    add("--temperature", type=temperature, default=PARAMETERS["temperature"], metavar="T", help="default: %(default)s")
-    add("--max-tokens", type=int, default=PARAMETERS["max_tokens"], metavar="N", help="default: %(default)s")
-    add("--compare", action="store_true", help="ask the base model, too")
-    add("--list-models", action="store_true", help="show the models you can ask, and stop")
-    add("--json", action="store_true", help="print one JSON document: answer, usage, latency, ...")
+    parser = argparse.ArgumentParser(description="Step 4: ask the fine-tuned model, or chat.")
+    parser.add_argument("words", nargs="*", metavar="MODEL, QUESTION", help="or one, or none")
+    parser.add_argument("--system", metavar="TEXT", help="default: that of the training data")
+    parser.add_argument("--compare", action="store_true", help="ask the base model, too")
+    parser.add_argument("--list-models", action="store_true", help="name all models, and stop")
     return parser
 
 
-def run(args) -> None:
-    if args.list_models:
-        models = list_models()
-        dates = [f"shuts down {model['shutdown_date']}" if model["shutdown_date"] else "" for model in models]
-        lines = [f"{model['id']:40}  {date}".rstrip() for model, date in zip(models, dates, strict=True)]
-        return print(json.dumps(models, indent=2) if args.json else "\n".join(lines))
-    name, question = args.model, args.question
-    if name and question is None and not name.startswith(("ft:", "ftjob-")):
-        listed = " " not in name and name in [model["id"] for model in list_models()]
-        name, question = (name, None) if listed else (None, name)
-    model, base_model, recorded = resolve_model(name)
-    if question == "-" or (question is None and not sys.stdin.isatty()):
-        question = sys.stdin.read().strip()
-    if not question and (question is not None or args.compare or args.json):
-        raise StepError("There is no question: give one as an argument or through a pipe.")
-    system = recorded if args.system is None else args.system
-    source = "--system" if args.system else "that of the training data" if system else "none"
-    origin = "" if name == model else f" (made by {name or 'the job in fine_tune_job.json'})"
-    print(f"Model: {model}{origin}\nSystem prompt: {source}\n", file=sys.stderr)
-
-    client, out = connect(TIMEOUT), None if args.json else sys.stdout
-    parameters = {"temperature": args.temperature, "max_tokens": args.max_tokens}
-    if question is None:
-        chat(client, model, system, **parameters)
-    elif args.compare:
-        answer = compare_models(question, system or "", model, out, **parameters)
-    else:
-        answer = ask(client, model, system, question, out=out, **parameters)
-    if args.json:
-        print(json.dumps(answer, indent=2))
-    elif question:
-        tested = f" {name}" if name and model != base_model else ""  # step 5 compares no model with itself
-        print(f"\nNext: python test_model.py{tested}", file=sys.stderr)
-
-
-def main(argv: list[str] | None = None) -> int:
-    # A terminal may deliver bytes that are not UTF-8; the API takes none.
-    words = [word.encode("utf-8", "replace").decode() for word in (sys.argv[1:] if argv is None else argv)]
-    args = build_parser().parse_intermixed_args(words)
-    for stream in (sys.stdin, sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="replace")  # a terminal without UTF-8 shows ? and does not end the run
+def main(argv: list[str] | None = None) -> None:
+    args = build_parser().parse_intermixed_args(argv)
     try:
-        run(args)
-        return 0
-    except StepError as error:
-        print(error, file=sys.stderr)
-        return error.exit_code
-    except ModuleNotFoundError as error:
-        cure = "activate the virtual environment (Python 3.10 or newer), or python -m pip install -r requirements.txt"
-        print(f"{error.name} is missing here: {cure}", file=sys.stderr)
-        return 2
+        use(args)
+    # In an answer's place: an error; no JSON; a web page, which the SDK returns as a str.
+    except (openai.APIError, json.JSONDecodeError, AttributeError) as error:
+        sys.exit(explain(error))
     except KeyboardInterrupt:
-        print("\nInterrupted.", file=sys.stderr)
-        return 130
-    except BrokenPipeError:  # `| head` has seen enough
-        sys.stdout = open(os.devnull, "w")  # noqa: SIM115  or the interpreter complains at its end
-        return 0
+        print("\nInterrupted. The model is still there: ask again.", file=sys.stderr)
+        sys.exit(130)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

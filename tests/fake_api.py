@@ -24,6 +24,8 @@ Scripting it, before or during a run:
               "cut stream"                   a streamed chat completion that just ends: no finish_reason, no [DONE]
               "drop stream"                  a streamed chat completion whose connection breaks in its middle
     api.answer = lambda model, messages: "text"     what chat completions say (default: an echo of the last message)
+    api.finish_reason = "stop"                      how every answer ends; None: the server never says
+    api.refusal = False                             answers come as refusals
     api.stream_delay = 0.0                          seconds between the pieces of a streamed answer
     api.job_plan = ["queued", "running", "succeeded"]   one status a retrieve; the last one stays
     api.file_plan = ["processed"]                   the same for files; None leaves `status` out
@@ -109,6 +111,8 @@ class FakeAPI:
         self.checkpoints: dict[str, list[dict]] = {}
         self.models: dict[str, dict] = {}
         self.answer: Callable[[str, list], str] = lambda model, messages: f"You said: {messages[-1]['content']}"
+        self.finish_reason: str | None = "stop"
+        self.refusal = False
         self.stream_delay = 0.0
         self.job_plan: list[str] = ["queued", "running", "succeeded"]
         self.file_plan: list[str | None] = ["processed"]
@@ -526,12 +530,10 @@ class FakeAPI:
         usage["total_tokens"] = usage["prompt_tokens"] + usage["completion_tokens"]
         head = {"id": self.new_id("chatcmpl-"), "created": int(time.time()), "model": model}
         if not request.body.get("stream"):
-            return {
-                **head,
-                "object": "chat.completion",
-                "usage": usage,
-                "choices": [{"index": 0, "finish_reason": "stop", "message": {"role": "assistant", "content": text}}],
-            }
+            message = {"role": "assistant", "content": None if self.refusal else text}
+            message["refusal"] = text if self.refusal else None
+            choice = {"index": 0, "finish_reason": self.finish_reason, "message": message}
+            return {**head, "object": "chat.completion", "usage": usage, "choices": [choice]}
         with_usage = (request.body.get("stream_options") or {}).get("include_usage")
         return lambda http, kind: self.stream(http, kind, head, text, usage if with_usage else None)
 
@@ -564,13 +566,13 @@ class FakeAPI:
         piece({"role": "assistant", "content": ""})
         for word in words:
             self.closing.wait(self.stream_delay)
-            piece({"content": word})
+            piece({"refusal" if self.refusal else "content": word})
         if kind == "malformed":
             write('{"choices": [')
         if kind in ("drop stream", "truncated"):
             return self.drop(http)
         if kind != "cut stream":
-            piece({}, "stop")
+            piece({}, self.finish_reason)
             if usage:
                 write(json.dumps({**head, "object": "chat.completion.chunk", "choices": [], "usage": usage}))
             write("[DONE]")
