@@ -1,4 +1,4 @@
-"""What holds for all five scripts: they can be read, they stand alone, they agree in what they share, they keep secrets."""
+"""What holds for all five scripts: they can be read, stand alone, agree in what they share, and keep secrets."""
 
 from __future__ import annotations
 
@@ -104,10 +104,9 @@ def test_a_page_needs_the_three_packages_and_no_other_script(script):
 
 
 def test_the_local_api_imports_no_script():
+    imports = rf"^\s*(from|import) ({'|'.join(SCRIPTS)}|extras)\b"
     for path in (ROOT / "local_api").glob("*.py"):
-        assert not re.search(
-            rf"^\s*(from|import) ({'|'.join(SCRIPTS)}|extras)\b", path.read_text("utf-8"), re.MULTILINE
-        )
+        assert not re.search(imports, path.read_text("utf-8"), re.MULTILINE), path
 
 
 def test_each_script_alone_in_a_folder_does_its_step(tiny_api, tmp_path):
@@ -125,10 +124,8 @@ def test_each_script_alone_in_a_folder_does_its_step(tiny_api, tmp_path):
         return done.stdout + done.stderr
 
     prepared, ordered = folders["prepare_training_data"], folders["fine_tune"]
-    (prepared / "faq.csv").write_text(
-        "question,answer\n"
-        + "".join(f"What is {n} and {n}?,It is {2 * n} if you add them both up.\n" for n in range(12))
-    )
+    rows = [f"What is {n} and {n}?,It is {2 * n} if you add them both up.\n" for n in range(12)]
+    (prepared / "faq.csv").write_text("question,answer\n" + "".join(rows))
     step("prepare_training_data", "faq.csv", "--system", "You add.")
     files = (prepared / "training_data.jsonl", prepared / "training_data.report.json")
     step("fine_tune", "--n-epochs", "1", files=files)
