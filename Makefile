@@ -2,6 +2,7 @@
 # make test       run the tests (make test-all: with the long ones)
 # make lint       check style and types
 # make docs       make anew what docs/ takes from the code and from docs/run/
+# make figures    make docs/run/ anew: nine trainings, about an hour
 #
 # On Linux the default PyTorch comes with CUDA; TORCH_INDEX names an index that has the small CPU build:
 #   make TORCH_INDEX=https://download.pytorch.org/whl/cpu tutorial
@@ -11,7 +12,7 @@ TORCH_INDEX ?=
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --disable-pip-version-check --quiet
 
-.PHONY: tutorial test test-slow test-all lint format docs clean
+.PHONY: tutorial test test-slow test-all lint format docs figures clean
 
 tutorial: .venv/.installed
 	@$(BIN)/python examples/run_tutorial.py
@@ -36,6 +37,9 @@ format: .venv/.installed-tests
 docs: .venv/.installed
 	$(BIN)/python docs/make.py
 
+figures: .venv/.installed
+	$(BIN)/python docs/make_figures.py
+
 .venv/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
 	  { echo "Python 3.10 or newer is needed; name it with: make PYTHON=python3.12 $(MAKECMDGOALS)" >&2; exit 2; }
@@ -59,4 +63,4 @@ endif
 	@touch $@
 
 clean:
-	rm -rf .venv .tutorial .local_api .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	rm -rf .venv .tutorial .figures .local_api .pytest_cache .ruff_cache .mypy_cache .hypothesis
