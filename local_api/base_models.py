@@ -246,26 +246,35 @@ def load(model_dir: Path, adapter_dir: Path | None = None) -> tuple[Any, Any]:
     With `adapter_dir` the LoRA adapter is merged into the weights: answers then cost what the base model's cost.
     Raises ModelUnavailable where the files cannot be read.
     """
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    quiet_transformers()
-    model: Any
-    device = best_device()
-    with reading(f"{Path(model_dir).name}: the model"):
-        model = AutoModelForCausalLM.from_pretrained(
-            model_dir, dtype=best_dtype(device), use_safetensors=True, local_files_only=True, trust_remote_code=False
-        )
-        tokenizer = AutoTokenizer.from_pretrained(model_dir, local_files_only=True, trust_remote_code=False)
-    kinds = getattr(model.config.get_text_config(), "layer_types", None) or ()
-    if model._is_stateful or any(not kind.endswith("attention") or kind == "linear_attention" for kind in kinds):
-        raise ModelUnavailable(
-            f"{Path(model_dir).name} has recurrent layers; choose a model of attention layers alone."
-        )
+    model, tokenizer = read(model_dir)
     if adapter_dir is not None:
         from peft import PeftModel
 
         with reading(f"{Path(model_dir).name}: the adapter {adapter_dir.name}"):
             model = PeftModel.from_pretrained(model, adapter_dir).merge_and_unload()
+    return model.to(best_device()).eval(), tokenizer
+
+
+def read(model_dir: Path, **how: Any) -> tuple[Any, Any]:
+    """Return (model, tokenizer) where transformers puts them; `how` goes to its `from_pretrained`.
+
+    Raises ModelUnavailable where the files cannot be read, or hold a model that cannot be trained and answer here.
+    """
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    quiet_transformers()
+    model: Any
+    safe: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
+    with reading(f"{Path(model_dir).name}: the model"):
+        model = AutoModelForCausalLM.from_pretrained(
+            model_dir, dtype=best_dtype(best_device()), use_safetensors=True, **safe, **how
+        )
+        tokenizer = AutoTokenizer.from_pretrained(model_dir, **safe)
+    kinds = getattr(model.config.get_text_config(), "layer_types", None) or ()
+    if model._is_stateful or any(not kind.endswith("attention") or kind == "linear_attention" for kind in kinds):
+        raise ModelUnavailable(
+            f"{Path(model_dir).name} has recurrent layers; choose a model of attention layers alone."
+        )
     if tokenizer.chat_template is None:
         raise ModelUnavailable(f"{Path(model_dir).name} has no chat template; choose an instruct (chat) model.")
-    return model.to(device).eval(), tokenizer
+    return model, tokenizer

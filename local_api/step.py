@@ -11,7 +11,7 @@ from .encoding import Encoded
 # Rank 16 is the most that vLLM takes by default.
 LORA: dict[str, Any] = {"r": 16, "lora_alpha": 32, "lora_dropout": 0.0, "bias": "none", "target_modules": "all-linear"}
 BASE_LEARNING_RATE = 1e-3  # high for LoRA, right for a small model and few examples; learning_rate_multiplier scales it
-WARMUP_SHARE = 0.06  # of all steps; then the rate falls linearly to zero
+WARMUP_SHARE = 0.06  # of all steps
 MAX_GRADIENT_NORM = 1.0
 # A larger batch is computed in parts of about so many tokens: it bounds memory, and a CPU gains nothing by more.
 TOKENS_AT_ONCE = {"cpu": 1024, "mps": 4096, "cuda": 4096}
@@ -51,18 +51,26 @@ def parts(rows: list[Encoded], tokens_at_once: int) -> list[list[Encoded]]:
 # --- the model ---
 
 
-def add_lora(model: Any, adapter: str | None, base_model: str, longest_row: int) -> Any:
-    """Freeze the base model and put a LoRA adapter on its linear layers: a new one, or `adapter` to train further."""
+def choose_attention(model: Any, longest_row: int) -> None:
+    """Take plain matrix products for the attention where they are quicker than PyTorch's fused kernel."""
     import torch
-    from peft import LoraConfig, PeftModel, get_peft_model
 
     if model.device.type == "cpu" and model.dtype == torch.bfloat16 and longest_row <= PLAIN_ATTENTION_TOKENS:
         model.set_attn_implementation("eager")
+
+
+def add_lora(model: Any, adapter: str | None, base_model: str, exact: bool = False) -> Any:
+    """Freeze the base model and put a LoRA adapter on its linear layers: a new one, or `adapter` to train further.
+
+    `exact` keeps the adapter in float32, for an optimizer that changes it in place. Without it the layers compute in
+    the model's precision, and the exact values live in our Optimizer.
+    """
+    from peft import LoraConfig, PeftModel, get_peft_model
+
     if adapter:
         with base_models.reading("the adapter of the model to train further"):
-            return PeftModel.from_pretrained(model, adapter, is_trainable=True, autocast_adapter_dtype=False)
-    # No cast to float32: the exact values live in the Optimizer, the layers compute in the model's precision.
-    model = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", **LORA), autocast_adapter_dtype=False)
+            return PeftModel.from_pretrained(model, adapter, is_trainable=True, autocast_adapter_dtype=exact)
+    model = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", **LORA), autocast_adapter_dtype=exact)
     is_default = base_model == base_models.DEFAULT_BASE_MODEL
     model.peft_config["default"].base_model_name_or_path = base_models.DEFAULT_HUB_ID if is_default else base_model
     return model
@@ -103,6 +111,15 @@ def mean_losses(model: Any, rows: list[Encoded]) -> tuple[float, float]:
     return total / count, right / count
 
 
+def learning_rates(optimizer: Any, total_steps: int) -> Any:
+    """Return the schedule of a whole job: the rate rises during the first steps and then falls linearly to zero."""
+    from torch.optim.lr_scheduler import LambdaLR
+
+    warmup = max(1, round(WARMUP_SHARE * total_steps))
+    falling = max(1, total_steps - warmup)
+    return LambdaLR(optimizer, lambda step: min((step + 1) / warmup, (total_steps - step) / falling))
+
+
 class Optimizer:
     """AdamW on a float32 copy of the adapter: in bfloat16 most updates would be too small to change a weight."""
 
@@ -112,10 +129,7 @@ class Optimizer:
         self.weights = [weight for weight in model.parameters() if weight.requires_grad]
         self.exact = torch.cat([weight.detach().float().flatten() for weight in self.weights])  # all of them, in a row
         self.adamw = torch.optim.AdamW([self.exact], lr=learning_rate, weight_decay=0.0)
-        warmup = max(1, round(WARMUP_SHARE * total_steps))
-        self.schedule = torch.optim.lr_scheduler.LambdaLR(
-            self.adamw, lambda step: min((step + 1) / warmup, (total_steps - step) / max(1, total_steps - warmup))
-        )
+        self.schedule = learning_rates(self.adamw, total_steps)
 
     def step(self) -> None:
         """Take the gradient from the model, which forgets it, and change the adapter by it."""

@@ -31,7 +31,7 @@ from typing import Any
 
 from . import base_models
 from .encoding import Encoded, EncodingError, encode_example
-from .step import BASE_LEARNING_RATE, Optimizer, add_lora, epoch_batches, mean_losses, train_step
+from .step import BASE_LEARNING_RATE, Optimizer, add_lora, choose_attention, epoch_batches, mean_losses, train_step
 from .validation import JobFailed
 
 AUTO_BATCH_SIZE = 2  # few examples and short answers: many small steps learn more than few large ones
@@ -192,7 +192,8 @@ def train(job_dir: Path, stop: dict) -> dict | None:
     journal.write(type="update", hyperparameters=settings)
 
     longest = max(len(row.ids) for row in examples + validation)
-    model = add_lora(model, job.get("adapter"), job["base_model"], longest)
+    choose_attention(model, longest)
+    model = add_lora(model, job.get("adapter"), job["base_model"])
     optimizer = Optimizer(model, BASE_LEARNING_RATE * settings["learning_rate_multiplier"], total_steps)
     rows = load_resume_state(job_dir, optimizer)
     done = len(rows)
