@@ -16,7 +16,12 @@ import threading
 from pathlib import Path
 from types import FrameType
 
+from local_api import validation
+
 try:
+    if __name__ == "__main__" and any(word.startswith("--check") for word in sys.argv):
+        # It needs no server, and none of the packages of one.
+        sys.exit(validation.main(sys.argv[1:]))
     import psutil
     import uvicorn
     from fastapi import FastAPI
@@ -53,6 +58,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--launcher", type=command_words, metavar="COMMAND",
                         help="what starts the trainer, for instance 'accelerate launch --config_file multi_gpu.yaml' "
                              "(default: this Python)")  # fmt: skip
+    parser.add_argument("--check", metavar="FILE", help="judge a training file and exit, with no server")
     return parser
 
 
@@ -76,6 +82,8 @@ def command_words(text: str) -> list[str]:
 
 def main(argv: list[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
+    if args.check:
+        return validation.main(["--check", args.check])
     base_models.share_processor(base_models.BUSY_LOOPS)
     logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     args.api_key = args.api_key or os.environ.get("LOCAL_API_KEY") or None
@@ -123,8 +131,6 @@ def listen(host: str, port: int) -> socket.socket:
 
 def serve(args: argparse.Namespace, listener: socket.socket) -> None:
     """Serve until SIGTERM or Ctrl-C."""
-    # The checks of a job's files count tokens: with the vocabularies that were just unpacked, not from the network.
-    os.environ["TIKTOKEN_CACHE_DIR"] = str(args.cache_dir / "tiktoken")
     trainer = [*args.launcher, "-m", "local_api.train"] if args.launcher else TRAINER_COMMAND
     settings = Settings(args.data_dir, args.cache_dir, args.base_model or (base_models.DEFAULT_BASE_MODEL,), args.host,
                         args.api_key, args.max_memory)  # fmt: skip

@@ -3,12 +3,20 @@
 One rule serves training and answering: the text comes from the model's own chat template, and an assistant message is
 encoded apart from what precedes it. So the model meets, token for token, the same beginning of an answer in training as
 it will when it is asked.
+
+A row that the template cannot express, and one that is too long for the model, is never passed over in silence.
 """
 
 from __future__ import annotations
 
 import json
+import sys
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
+
+from .rows import Fault, read_rows
+from .rules import MIN_EXAMPLES, dict_at
+from .validation import JobFailed
 
 
 class EncodingError(Exception):
@@ -18,6 +26,57 @@ class EncodingError(Exception):
 class Encoded(NamedTuple):
     ids: list[int]
     trained: list[bool]  # same length as ids: True where the token is learnt
+
+
+def tell(message: str, data: dict) -> None:
+    print(message, file=sys.stderr)
+
+
+def read_examples(
+    path: str, tokenizer: Any, limit: int, param: str, tell: Callable[[str, dict], None] = tell
+) -> list[Encoded]:
+    """Encode a training or validation file, each example cut to `limit` tokens.
+
+    `tell` hears, in a sentence and as data, of the rows that were cut and of those that were left out because nothing
+    to be learnt stood before the cut. JobFailed, with the line: a row that the model's chat template cannot express, or
+    a file of which too little is left.
+    """
+    examples: list[Encoded] = []
+    cut: list[int] = []
+    left_out: list[int] = []
+    longest = 0
+    for line, row in read_rows(path):
+        try:
+            if isinstance(row, Fault):
+                raise EncodingError(row.message)
+            encoded = encode_example(tokenizer, row)
+        except (EncodingError, ValueError, KeyError, TypeError) as error:
+            raise JobFailed(f"invalid_{param}", f"Invalid file format. Line {line}: {error}.", param) from None
+        if any(encoded.trained[:limit]):
+            examples.append(Encoded(encoded.ids[:limit], encoded.trained[:limit]))
+            cut += [line] * any(encoded.trained[limit:])
+        elif any(encoded.trained):
+            left_out.append(line)
+        longest = max(longest, len(encoded.ids))
+    ruler = f"the {limit:,} tokens that the base model reads, by its own tokenizer"
+    if left_out:
+        gone = f"{of_lines(left_out)} longer than {ruler} (the longest has {longest:,}), before an answer has begun"
+        if len(examples) < (MIN_EXAMPLES if param == "training_file" else 1):
+            few = f"Only {len(examples)} example(s) are left: {gone}; shorten what stands before the answers."
+            raise JobFailed(f"invalid_{param}", few, param)
+        tell(f"Left out of the {param}: {gone}.", {"left_out": len(left_out), "lines": left_out})
+    if cut:
+        ends = f"{of_lines(cut)} longer than {ruler} (the longest has {longest:,}); the ends of the answers are lost"
+        tell(f"Cut in the {param}: {ends}.", {"cut": len(cut), "lines": cut})
+    if not examples:
+        raise JobFailed(f"invalid_{param}", "No line of the file holds an assistant message to train on.", param)
+    return examples
+
+
+def of_lines(lines: list[int]) -> str:
+    """[3] -> "line 3 is", [3, 4] -> "lines 3, 4 are"; of many the first ten."""
+    shown = ", ".join(map(str, lines[:10])) + (f" and {len(lines) - 10} more" if len(lines) > 10 else "")
+    return f"line {shown} is" if len(lines) == 1 else f"lines {shown} are"
 
 
 def encode_prompt(tokenizer: Any, messages: list[dict], tools: list[dict] | None = None) -> list[int]:
@@ -34,7 +93,7 @@ def encode_example(tokenizer: Any, example: dict) -> Encoded:
     ends = end_of_turn_ids(tokenizer)
     ids: list[int] = []
     trained: list[bool] = []
-    done = ""
+    done, start = "", 0
     for position, message in enumerate(messages):
         if message["role"] != "assistant":
             continue
@@ -44,6 +103,11 @@ def encode_example(tokenizer: Any, example: dict) -> Encoded:
             raise EncodingError(
                 "this model's chat template rewrites earlier turns, so turns cannot be encoded one by one"
             )
+        for number in range(start, position):
+            require_all_of(number, messages[number], before[len(done) :])
+        require_all_of(position, messages[position], after[len(before) :])
+        if not done:
+            require_all_tools(tools or [], before)
         prompt = encode_text(tokenizer, before[len(done) :])
         answer = encode_text(tokenizer, after[len(before) :])
         # What the template adds behind the end of the turn (a line break, say) belongs to the next turn: not learnt.
@@ -51,8 +115,59 @@ def encode_example(tokenizer: Any, example: dict) -> Encoded:
         learn = example["messages"][position].get("weight", 1) != 0
         ids += prompt + answer
         trained += [False] * len(prompt) + [learn and i <= last for i in range(len(answer))]
-        done = after
+        done, start = after, position + 1
     return Encoded(ids, trained)
+
+
+# --- what a template drops: many know no tools, and would teach an empty answer in the place of a call ---
+
+
+def require_all_of(position: int, message: dict, rendered: str) -> None:
+    """Raise EncodingError if a text of this message is not in what the template makes of it."""
+    texts = [message["content"]]
+    for call in message.get("tool_calls", []):
+        texts += [call["function"]["name"], *leaves(call["function"].get("arguments"))]
+    for text in texts:
+        if not stands_in(text, rendered):
+            what = "a tool call" if text is not texts[0] else "a tool's result" if message["role"] == "tool" else "text"
+            raise EncodingError(
+                f"message {position + 1}: the base model's chat template leaves {what} out ({text.strip()[:40]!r}); "
+                "write it as the text of an answer or a question, or choose a base model whose template knows it"
+            )
+
+
+def require_all_tools(tools: list[dict], rendered: str) -> None:
+    for function in (tool["function"] for tool in tools):
+        properties = dict_at(dict_at(function, "parameters"), "properties")
+        about = [function, *(value for value in properties.values() if isinstance(value, dict))]
+        for text in [function["name"], *properties, *(str(item.get("description") or "") for item in about)]:
+            if not stands_in(text, rendered):
+                raise EncodingError(
+                    f"the base model's chat template leaves out of `tools` {text.strip()[:40]!r}; describe the tools "
+                    "in the system message, or choose a base model whose template knows tools"
+                )
+
+
+def leaves(value: Any) -> Iterator[str]:
+    """Yield the keys and values of a call's arguments, as text."""
+    if isinstance(value, dict):
+        yield from value
+    if isinstance(value, (dict, list)):
+        for item in value.values() if isinstance(value, dict) else value:
+            yield from leaves(item)
+    elif value is not None:
+        yield value if isinstance(value, str) else json.dumps(value)
+
+
+def stands_in(text: str, rendered: str) -> bool:
+    """Tell whether a text stands there as it is (blanks around it apart) or as JSON; a true may stand there as True."""
+    text = text.strip()
+    return (
+        text in rendered
+        or json.dumps(text, ensure_ascii=False)[1:-1] in rendered
+        or json.dumps(text)[1:-1] in rendered
+        or (text in ("true", "false") and text.capitalize() in rendered)
+    )
 
 
 def end_of_turn_ids(tokenizer: Any, model: Any = None) -> set[int]:

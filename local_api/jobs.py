@@ -141,10 +141,12 @@ def create_job(request: Request, store: StoreOfRequest, job: JobRequest) -> Docu
     files = {"training": usable_file(store, job.training_file, "training_file")}
     if job.validation_file:
         files["validation"] = usable_file(store, job.validation_file, "validation_file")
-    if job.method and job.hyperparameters and job.hyperparameters != job.method.supervised.hyperparameters:
+    supervised = job.method.supervised if job.method else Supervised()
+    are_in_method = "hyperparameters" in supervised.model_fields_set
+    if are_in_method and job.hyperparameters and job.hyperparameters != supervised.hyperparameters:
         raise APIError(400, "'hyperparameters' and 'method.supervised.hyperparameters' differ; send only the latter.",
                        param="hyperparameters")  # fmt: skip
-    asked = job.method.supervised.hyperparameters if job.method else job.hyperparameters or Hyperparameters()
+    asked = supervised.hyperparameters if are_in_method or not job.hyperparameters else job.hyperparameters
     hyperparameters = asked.model_dump()
 
     job_id = new_id("ftjob-")

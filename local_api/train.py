@@ -30,7 +30,7 @@ from pathlib import Path
 from typing import Any
 
 from . import base_models
-from .encoding import Encoded, EncodingError, encode_example
+from .encoding import Encoded, read_examples
 from .step import BASE_LEARNING_RATE, Optimizer, add_lora, choose_attention, epoch_batches, mean_losses, train_step
 from .validation import JobFailed
 
@@ -46,29 +46,8 @@ PROGRESS_SECONDS = 5.0  # how often the expected end is reported
 # --- what the job is given ---
 
 
-def read_examples(path: str, tokenizer: Any, limit: int, param: str) -> list[Encoded]:
-    """Encode every line of a training or validation file; JobFailed names the line that cannot be used."""
-    examples = []
-    with open(path, encoding="utf-8-sig") as file:
-        for number, line in enumerate(file, start=1):
-            if not line.strip():
-                continue
-            try:
-                encoded = encode_example(tokenizer, json.loads(line))
-            except (EncodingError, ValueError, KeyError, TypeError) as error:
-                raise JobFailed(f"invalid_{param}", f"Invalid file format. Line {number}: {error}.", param) from None
-            encoded = Encoded(encoded.ids[:limit], encoded.trained[:limit])
-            if any(encoded.trained):  # a row whose answer was cut off whole teaches nothing
-                examples.append(encoded)
-    if not examples:
-        raise JobFailed(f"invalid_{param}", "No line of the file holds an assistant message to train on.", param)
-    return examples
-
-
 def resolve(asked: dict, n_examples: int) -> dict:
-    """Replace "auto" by numbers; epochs as step 1 of the tutorial announces them."""
-    from prepare_training_data import auto_epochs  # a script, which the server needs not load for this module's sake
-
+    """Replace "auto" by numbers."""
     auto = {
         "n_epochs": auto_epochs(n_examples),
         "batch_size": AUTO_BATCH_SIZE,
@@ -76,6 +55,16 @@ def resolve(asked: dict, n_examples: int) -> dict:
     }
     resolved = {name: auto[name] if asked.get(name, "auto") == "auto" else asked[name] for name in auto}
     return {**resolved, "batch_size": min(resolved["batch_size"], n_examples)}
+
+
+def auto_epochs(examples: int) -> int:
+    """Return the epochs that "auto" chooses: 3, but 1 to 25 to have 100 to 25,000 examples in all.
+
+    Source: https://github.com/openai/openai-cookbook, examples/Chat_finetuning_data_prep.ipynb
+    """
+    if examples * 3 < 100:
+        return min(25, 100 // max(1, examples))
+    return 3 if examples * 3 <= 25_000 else max(1, 25_000 // examples)
 
 
 # --- what it leaves behind ---
@@ -98,6 +87,10 @@ class Journal:
     def write(self, **line: Any) -> None:
         self.file.write(json.dumps({"created_at": int(time.time()), **line}, ensure_ascii=False) + "\n")
         self.file.flush()
+
+    def warn(self, message: str, data: dict) -> None:
+        if not self.reported:
+            self.write(level="warn", type="message", message=message, data=data)
 
     def metrics(self, row: dict, total_steps: int) -> None:
         if row["step"] <= self.reported:
@@ -182,9 +175,9 @@ def train(job_dir: Path, stop: dict) -> dict | None:
     torch.manual_seed(job["seed"])
     model, tokenizer = base_models.load(Path(job["model_dir"]))
     limit = min(MAX_TOKENS_PER_EXAMPLE, getattr(model.config, "max_position_embeddings", MAX_TOKENS_PER_EXAMPLE))
-    examples = read_examples(job["training_file"], tokenizer, limit, "training_file")
+    examples = read_examples(job["training_file"], tokenizer, limit, "training_file", journal.warn)
     path = job.get("validation_file")
-    validation = read_examples(path, tokenizer, limit, "validation_file") if path else []
+    validation = read_examples(path, tokenizer, limit, "validation_file", journal.warn) if path else []
     settings = resolve(job["hyperparameters"], len(examples))
     epochs, batch_size = settings["n_epochs"], settings["batch_size"]
     steps_per_epoch = math.ceil(len(examples) / batch_size)

@@ -358,6 +358,21 @@ def test_a_job_paused_in_its_last_step_succeeds_when_it_is_resumed(client, http,
     assert wait_for(job.id, client).fine_tuned_model
 
 
+@pytest.mark.parametrize("method", [
+    None, {"type": "supervised"}, {"type": "supervised", "supervised": {}},
+    {"type": "supervised", "supervised": {"hyperparameters": {"n_epochs": 2}}},
+])  # fmt: skip
+def test_hyperparameters_may_stand_in_either_place(client, method):
+    body = {"model": "tiny-base", "training_file": upload(client).id, "hyperparameters": {"n_epochs": 2}}
+    job = client.post("/fine_tuning/jobs", body={**body, "method": method}, cast_to=object)
+    expected = {"n_epochs": 2, "batch_size": "auto", "learning_rate_multiplier": "auto"}
+    assert job["hyperparameters"] == job["method"]["supervised"]["hyperparameters"] == expected
+    del body["hyperparameters"]
+    job = client.post("/fine_tuning/jobs", body={**body, "method": method}, cast_to=object)
+    asked = method and method.get("supervised", {}).get("hyperparameters", {}).get("n_epochs")
+    assert job["hyperparameters"]["n_epochs"] == (asked or "auto")
+
+
 def test_a_job_without_a_seed_draws_one(client):
     file = upload(client, training_file()).id
     seeds = {client.fine_tuning.jobs.create(model="tiny-base", training_file=file).seed for _ in range(3)}
@@ -386,6 +401,8 @@ def test_a_job_without_a_seed_draws_one(client):
     ({"hyperparameters": {"learning_rate_multiplier": 0}}, 400, "hyperparameters.learning_rate_multiplier",
      "invalid_value"),
     ({"hyperparameters": {"beta": 1}}, 400, "hyperparameters.beta", "unknown_parameter"),
+    ({"method": {"type": "supervised", "supervised": {"hyperparameters": {"n_epochs": 3}}},
+      "hyperparameters": {"n_epochs": 2}}, 400, "hyperparameters", None),
     ({"n_epochs": 3}, 400, "n_epochs", "unknown_parameter"),
 ])  # fmt: skip
 def test_wrong_job_parameters_are_refused(client, changes, status, param, code):
