@@ -320,7 +320,7 @@ class FakeAPI:
             request.answered = request.answered or str(error.status)
             message = error.message
             if self.echo_key:
-                message += f" (key: {request.headers.get('Authorization', '').removeprefix('Bearer ')})"
+                message += f" (key: {request.headers.get('authorization', '').removeprefix('Bearer ')})"
             body = {"error": {"message": message, "type": "invalid_request_error", "param": None, "code": error.code}}
             return self.send(http, error.status, json.dumps(body).encode(), headers=error.headers)
         request.answered = kind or "200"

@@ -10,8 +10,8 @@ from pathlib import Path
 import httpx2
 import openai
 import pytest
+from chromium import CHROMIUM, Chromium, brightness
 from local_api_doubles import FakeEngine, running, training_file, wait_for
-from test_report_page import CHROMIUM, Chromium, brightness
 from tiny_model import write_training_file
 
 from local_api import page
