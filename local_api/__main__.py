@@ -48,9 +48,10 @@ def build_parser() -> argparse.ArgumentParser:
                         help="where files, jobs and models are kept (default: %(default)s)")  # fmt: skip
     parser.add_argument("--cache-dir", type=Path, metavar="DIR",
                         help="where base models and vocabularies are kept (default: DATA_DIR/cache)")  # fmt: skip
-    parser.add_argument("--base-model", action="append", metavar="NAME-OR-PATH",
-                        help="a Hugging Face hub id or a directory; may be given several times "
-                             f"(default: {base_models.DEFAULT_BASE_MODEL})")  # fmt: skip
+    parser.add_argument("--base-model", action="append", metavar="[ALIAS=]NAME-OR-PATH",
+                        help="a Hugging Face hub id or a directory, and the name that clients know it by if that is "
+                             "another, for instance gpt-4o-mini-2024-07-18=smollm2-135m-instruct; may be given several "
+                             f"times (default: {base_models.DEFAULT_BASE_MODEL})")  # fmt: skip
     parser.add_argument("--api-key", metavar="KEY", help="the key that clients must send (better: set LOCAL_API_KEY)")
     parser.add_argument("--max-memory", type=memory_size, metavar="SIZE",
                         help="what loaded models may take together, for instance 3GB; those unused for longest are "
@@ -90,7 +91,8 @@ def main(argv: list[str] | None = None) -> int:
     if args.host not in LOOPBACK and not args.api_key:
         return refuse(f"--host {args.host} lets other machines in: set LOCAL_API_KEY to the key that they must send.")
     for name in args.base_model or ():
-        if Path(name).is_absolute() and not Path(name).is_dir():
+        alias, source = base_models.named(name)
+        if not alias or not source or (Path(source).is_absolute() and not Path(source).is_dir()):
             return refuse(f"--base-model {name}: there is no such directory.")
     if args.launcher and not shutil.which(args.launcher[0]):
         return refuse(f"--launcher {args.launcher[0]}: there is no such command.")
@@ -105,8 +107,11 @@ def main(argv: list[str] | None = None) -> int:
         return refuse(f"Another server is running on {args.data_dir}; stop it, or choose another --data-dir.")
     except OSError as error:
         return refuse(f"Cannot start: {error}.")
-    with listener:
-        serve(args, listener)
+    try:
+        with listener:
+            serve(args, listener)
+    except base_models.ModelUnavailable as error:
+        return refuse(str(error))
     return 0  # and with the process goes its lock
 
 

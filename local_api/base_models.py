@@ -42,6 +42,14 @@ def model_id(name_or_path: str) -> str:
     return path.resolve().name if path.is_dir() else name_or_path
 
 
+def named(base_model: str) -> tuple[str, str]:
+    """Return (model id, name or path) of what --base-model was given: NAME-OR-PATH, or ALIAS=NAME-OR-PATH."""
+    alias, equals, source = base_model.partition("=")
+    if not equals or Path(base_model).is_dir():
+        return model_id(base_model), base_model
+    return alias, source
+
+
 def is_ready(name_or_path: str, cache_dir: Path) -> bool:
     """Tell whether `prepare` would return at once, without a download or a conversion."""
     return Path(name_or_path).is_dir() or (name_or_path == DEFAULT_BASE_MODEL and converted_dir(cache_dir).is_dir())

@@ -12,6 +12,7 @@ from fastapi import Request
 from openai.types import Model, ModelDeleted
 
 from local_api import base_models
+from local_api.base_models import ModelUnavailable
 from local_api.errors import APIError, model_not_found
 from local_api.shapes import Page, Router, page
 from local_api.store import CHECKPOINT, MODEL, Document, Store, now, public
@@ -22,7 +23,8 @@ router = Router(prefix="/v1/models", tags=["Models"])
 class Models:
     """Which model ids exist and what stands behind each. A model's document has these fields of the server's own:
 
-    _source: for a base model, the name or path to prepare its weights from
+    _source: for a base model, the name or path to prepare its weights from; `root` is what it is called there, which
+        the model's id need not be (an alias)
     _base, _adapter: for a fine-tuned model, its base model's id and its adapter's path below the data directory
     """
 
@@ -31,13 +33,20 @@ class Models:
         self._prepared: dict[str, Path] = {}
         self._preparing = threading.Lock()
         self.base_ids = []
-        for source in sources:
-            model_id = base_models.model_id(source)
+        for model_id, source in map(base_models.named, sources):
+            if model_id in self.base_ids:
+                raise ModelUnavailable(f"Two base models have the name {model_id}: give one of them another.")
             self.base_ids.append(model_id)
-            if store.get(MODEL, model_id):
-                store.update(MODEL, model_id, _source=source)
+            root = base_models.model_id(source)
+            if known := store.get(MODEL, model_id):
+                was = base_models.model_id(known["_source"])
+                if was != root and any(one.get("_base") == model_id for one in store.find(MODEL)):
+                    sentence = f"{model_id} was {was} when models were trained on it"
+                    raise ModelUnavailable(f"{sentence}: keep that, or give {root} another name.")
+                store.update(MODEL, model_id, _source=source, root=root)
             else:
-                store.add({"id": model_id, "object": MODEL, "created": now(), "owned_by": "local", "_source": source})
+                store.add({"id": model_id, "object": MODEL, "created": now(), "owned_by": "local", "root": root,
+                           "_source": source})  # fmt: skip
 
     def all(self) -> list[Document]:
         return [document for document in self.store.find(MODEL) if self._is_served(document)]
@@ -56,6 +65,11 @@ class Models:
     def base_of(self, model_id: str) -> str:
         """Return the id of the base model: of a fine-tuned model the one it was trained from, of a base its own."""
         return self.find(model_id).get("_base", model_id)
+
+    def root_of(self, base_id: str) -> str:
+        """Return the name that a base model has outside this server, where its id may be an alias."""
+        document = self.store.get(MODEL, base_id)
+        return base_models.model_id(document["_source"]) if document else base_id
 
     def weights(self, base_id: str) -> Path:
         """Return the directory of a base model's weights, fetching and converting them if they are not there yet.

@@ -159,7 +159,7 @@ class Worker:
         validation, parent = directory / "validation.jsonl", directory / "parent"
         task = {
             "id": job["id"],
-            "base_model": job["_base"],
+            "base_model": self.models.root_of(job["_base"]),
             "model_dir": str(weights),
             "adapter": str(parent) if parent.exists() else None,
             "training_file": str(directory / "training.jsonl"),

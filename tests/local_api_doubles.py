@@ -155,7 +155,7 @@ def training_file(first="hello", rows=12):
 
 
 @contextmanager
-def running(data_dir, engine=None, **settings):
+def running(data_dir, engine=None, base_models=None, **settings):
     """Run the application with the doubles behind a real socket, in this process; yields (base URL, app)."""
     import uvicorn
 
@@ -164,8 +164,8 @@ def running(data_dir, engine=None, **settings):
     base_model, trainer = data_dir.parent / "tiny-base", data_dir.parent / "fake_trainer.py"
     base_model.mkdir(exist_ok=True)  # the doubles never look inside
     trainer.write_text(TRAINER)
-    app = create_app(Settings(data_dir, base_models=[str(base_model)], **settings), engine=engine or FakeEngine(),
-                     trainer_command=[sys.executable, str(trainer)])  # fmt: skip
+    app = create_app(Settings(data_dir, base_models=base_models or [str(base_model)], **settings),
+                     engine=engine or FakeEngine(), trainer_command=[sys.executable, str(trainer)])  # fmt: skip
     server = uvicorn.Server(uvicorn.Config(app, port=0, log_config=None, timeout_graceful_shutdown=2))
     thread = threading.Thread(target=server.run)
     thread.start()

@@ -122,6 +122,8 @@ def test_a_second_server_on_the_same_data_refuses(tmp_path):
 def test_what_cannot_be_served_is_refused_at_once(tmp_path):
     assert "a --port is a number from 0 to 65535" in refused(tmp_path, "--port", "99999")
     assert "there is no such directory" in refused(tmp_path, "--base-model", "/no/such/model")
+    assert "there is no such directory" in refused(tmp_path, "--base-model", "alias=/no/such/model")
+    assert "Two base models have the name a" in refused(tmp_path, "--base-model", f"a={tmp_path}", "--base-model", "a")
     assert "--launcher nothing: there is no such command" in refused(tmp_path, "--launcher", "nothing launch")
 
 
