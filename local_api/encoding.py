@@ -28,12 +28,12 @@ class Encoded(NamedTuple):
     trained: list[bool]  # same length as ids: True where the token is learnt
 
 
-def tell(message: str, data: dict) -> None:
+def say(message: str, data: dict) -> None:
     print(message, file=sys.stderr)
 
 
 def read_examples(
-    path: str, tokenizer: Any, limit: int, param: str, tell: Callable[[str, dict], None] = tell
+    path: str, tokenizer: Any, limit: int, param: str, tell: Callable[[str, dict], None] = say
 ) -> list[Encoded]:
     """Encode a training or validation file, each example cut to `limit` tokens.
 
@@ -58,16 +58,16 @@ def read_examples(
         elif any(encoded.trained):
             left_out.append(line)
         longest = max(longest, len(encoded.ids))
-    ruler = f"the {limit:,} tokens that the base model reads, by its own tokenizer"
+    reads = f"The base model reads {limit:,} tokens of a row, by its own tokenizer; the longest has {longest:,}"
     if left_out:
-        gone = f"{of_lines(left_out)} longer than {ruler} (the longest has {longest:,}), before an answer has begun"
         if len(examples) < (MIN_EXAMPLES if param == "training_file" else 1):
-            few = f"Only {len(examples)} example(s) are left: {gone}; shorten what stands before the answers."
-            raise JobFailed(f"invalid_{param}", few, param)
-        tell(f"Left out of the {param}: {gone}.", {"left_out": len(left_out), "lines": left_out})
+            few = f"Only {len(examples)} example(s) are left: {of_lines(left_out)} too long. {reads}. "
+            raise JobFailed(f"invalid_{param}", few + "Shorten what stands before the answers.", param)
+        gone = f"{of_lines(left_out)} left out of the {param}, since no answer begins before the cut. {reads}."
+        tell(gone[0].upper() + gone[1:], {"left_out": len(left_out), "lines": left_out})
     if cut:
-        ends = f"{of_lines(cut)} longer than {ruler} (the longest has {longest:,}); the ends of the answers are lost"
-        tell(f"Cut in the {param}: {ends}.", {"cut": len(cut), "lines": cut})
+        ends = f"{of_lines(cut)} cut in the {param}, and the ends of the answers are not learnt. {reads}."
+        tell(ends[0].upper() + ends[1:], {"cut": len(cut), "lines": cut})
     if not examples:
         raise JobFailed(f"invalid_{param}", "No line of the file holds an assistant message to train on.", param)
     return examples

@@ -107,19 +107,17 @@ def test_rows_that_are_cut_or_left_out_are_told_and_counted(tokenizer, tmp_path)
     assert [len(row.ids) for row in rows] == [limit - 10] * 11 + [limit, limit - 10, limit]
     (gone, gone_data), (cut, cut_data) = told
     longest = max(len(encode_example(tokenizer, row).ids) for row in (LONG_ANSWER, LONG_QUESTION))
-    ruler = (
-        f"longer than the {limit} tokens that the base model reads, by its own tokenizer (the longest has {longest:,})"
-    )
-    assert gone == f"Left out of the training_file: line 13 is {ruler}, before an answer has begun."
-    assert cut == f"Cut in the training_file: lines 12, 15 are {ruler}; the ends of the answers are lost."
+    reads = f"The base model reads {limit} tokens of a row, by its own tokenizer; the longest has {longest:,}."
+    assert gone == f"Line 13 is left out of the training_file, since no answer begins before the cut. {reads}"
+    assert cut == f"Lines 12, 15 are cut in the training_file, and the ends of the answers are not learnt. {reads}"
     assert gone_data == {"left_out": 1, "lines": [13]} and cut_data == {"cut": 2, "lines": [12, 15]}
     with pytest.raises(JobFailed) as failure:
         read_examples(write(tmp_path / "rows.jsonl", [LONG_QUESTION] * 12), tokenizer, limit, "training_file")
     message = failure.value.error["message"]
     assert message.startswith(
-        "Only 0 example(s) are left: lines 1, 2, 3, 4, 5, 6, 7, 8, 9, 10 and 2 more are longer than"
+        "Only 0 example(s) are left: lines 1, 2, 3, 4, 5, 6, 7, 8, 9, 10 and 2 more are too long."
     )
-    assert failure.value.error["code"] == "invalid_training_file" and "shorten what stands before" in message
+    assert failure.value.error["code"] == "invalid_training_file" and "Shorten what stands before" in message
 
 
 def test_the_job_has_it_as_events_once(tiny_model, tmp_path):
@@ -136,5 +134,5 @@ def test_the_job_has_it_as_events_once(tiny_model, tmp_path):
     events = [json.loads(line) for line in (tmp_path / "events.jsonl").read_text("utf-8").splitlines()]
     warnings = [event for event in events if event.get("level") == "warn"]
     assert [event["data"] for event in warnings] == [{"cut": 1, "lines": [13]}, {"left_out": 1, "lines": [2]}]
-    assert "Cut in the training_file: line 13 is" in warnings[0]["message"]
-    assert "Left out of the validation_file: line 2 is" in warnings[1]["message"]
+    assert "Line 13 is cut in the training_file" in warnings[0]["message"]
+    assert "Line 2 is left out of the validation_file" in warnings[1]["message"]
