@@ -8,7 +8,9 @@ import asyncio
 import contextlib
 import json
 import logging
+import math
 import threading
+import time
 from collections.abc import AsyncIterator
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -23,7 +25,9 @@ from local_api.shapes import Parameters
 from local_api.store import Document
 
 log = logging.getLogger("local_api")
-MAX_GENERATIONS = 64  # at once, those that wait for their turn included; one more is answered with 429
+MAX_GENERATIONS = 64  # that the engine has at once; more wait
+MAX_WAITING = 256  # generations; one more is answered with 429
+MAX_WAIT_SECONDS = 60.0  # so is one that has waited for so long
 
 
 class AnswerParameters(Parameters):
@@ -83,11 +87,13 @@ def joined_text(content: Any) -> Any:
 
 
 class Generating:
-    """The engine, and how many generations are in flight."""
+    """The engine, how many generations it has, and the requests that wait for a place: first come, first served."""
 
     def __init__(self, app_state: Any):
         self.state = app_state
         self.running = 0
+        self.waiting: list[tuple[int, asyncio.Future]] = []  # places wanted, what is done when they are there
+        self.ended, self.seconds = 0, 10.0  # generations; what one took, lately (a guess until the first has ended)
         self.lock = threading.Lock()
 
     def engine(self) -> Any:
@@ -97,18 +103,62 @@ class Generating:
                 self.state.engine = Engine(self.state.models.locate, limit, lambda: worker.training)
             return self.state.engine
 
-    def reserve(self, count: int) -> None:
-        """Take `count` places, which are free again as the generations end. On the event loop only: no lock."""
-        if self.running + count > MAX_GENERATIONS:
-            raise APIError(429, f"This server answers {MAX_GENERATIONS} requests at once; wait a moment and try again.",
-                           code="rate_limit_exceeded", headers={"Retry-After": "1"})  # fmt: skip
-        self.running += count
+    # What follows runs on the event loop only: no lock.
+
+    async def reserve(self, http: Request, count: int) -> None:
+        """Take `count` places, which `release` gives back one by one; wait until there are so many."""
+        if self.wanted() + count > MAX_WAITING:
+            raise self.busy(count)
+        turn = asyncio.get_running_loop().create_future()
+        self.waiting.append((count, turn))
+        self.let_in()
+        if turn.done():
+            return
+        gone = asyncio.create_task(until_gone(http))
+        try:
+            await asyncio.wait({turn, gone}, timeout=MAX_WAIT_SECONDS, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            gone.cancel()
+            if not turn.done():
+                self.waiting.remove((count, turn))
+                self.let_in()  # one that wants less may have stood behind it
+        if not turn.done():
+            raise APIError(499, "The client has closed the connection.") if gone.done() else self.busy(count)
+
+    def wanted(self) -> int:
+        return sum(count for count, _ in self.waiting)
+
+    def let_in(self) -> None:
+        while self.waiting and self.running + self.waiting[0][0] <= MAX_GENERATIONS:
+            count, turn = self.waiting.pop(0)
+            self.running += count
+            turn.set_result(None)
+
+    def release(self, seconds: float) -> None:
+        """Give back the place of a generation that took so long."""
+        self.running -= 1
+        self.ended += 1
+        self.seconds += (seconds - self.seconds) / min(self.ended, 20)
+        self.let_in()
+
+    def busy(self, count: int) -> APIError:
+        """Return the refusal; Retry-After is how long a request that comes now would wait, as things go."""
+        seconds = math.ceil((self.wanted() + count) * self.seconds / MAX_GENERATIONS)
+        sentence = f"This server has {self.running} answers to write, and {self.wanted()} more wait"
+        return APIError(429, f"{sentence}; try again in {seconds} s.", code="rate_limit_exceeded",
+                        headers={"Retry-After": str(seconds)})  # fmt: skip
+
+
+async def until_gone(http: Request) -> None:
+    while (await http.receive())["type"] != "http.disconnect":
+        pass
 
 
 class Answer:
     """The generations of one HTTP request: an async stream of (index, piece) in order of arrival.
 
-    `close` it in any case: it stops what is still being generated. A client that closes its connection does the same.
+    It has its places already (Generating.reserve). `close` it in any case: it stops what is still being generated. A
+    client that closes its connection does the same.
     """
 
     def __init__(self, http: Request, requests: list[GenerationRequest]):
@@ -118,7 +168,7 @@ class Answer:
         self.abandoned = False
         self.arrived: asyncio.Queue = asyncio.Queue()
         self.loop = asyncio.get_running_loop()
-        self.generating.reserve(self.count)
+        self.started = time.monotonic()
         self.leaving = asyncio.create_task(self._close_when_gone(http))
         for index, request in enumerate(requests):
             threading.Thread(target=self._follow, args=(index, request), name="generation", daemon=True).start()
@@ -141,7 +191,7 @@ class Answer:
             self.loop.call_soon_threadsafe(function, *arguments)
 
     def _end(self, index: int, last: Any) -> None:
-        self.generating.running -= 1
+        self.generating.release(time.monotonic() - self.started)
         self.arrived.put_nowait((index, last))
 
     async def pieces(self) -> AsyncIterator[tuple[int, Any]]:
@@ -162,8 +212,7 @@ class Answer:
             generation.cancel()
 
     async def _close_when_gone(self, http: Request) -> None:
-        while (await http.receive())["type"] != "http.disconnect":
-            pass
+        await until_gone(http)
         self.close()
 
     def usage(self) -> Document:

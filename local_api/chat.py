@@ -102,6 +102,7 @@ def generation_requests(chat: ChatRequest) -> list[GenerationRequest]:
 async def create_chat_completion(request: Request, chat: ChatRequest) -> Any:
     check_combinations(chat)
     await run_in_threadpool(find_model, request.app.state.models, chat.model)
+    await request.app.state.generating.reserve(request, chat.n or 1)
     answer = Answer(request, generation_requests(chat))
     head = {"id": new_id("chatcmpl-"), "created": now(), "model": chat.model, "system_fingerprint": "fp_local"}
     try:

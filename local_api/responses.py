@@ -113,6 +113,7 @@ class Progress:
 @router.post("", response_model=Response)
 async def create_response(request: Request, asked: ResponseRequest) -> Any:
     await run_in_threadpool(find_model, request.app.state.models, asked.model)
+    await request.app.state.generating.reserve(request, 1)
     answer = Answer(request, [generation_request(asked)])
     progress, pieces = Progress(asked, answer), answer.pieces()
     try:

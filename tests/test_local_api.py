@@ -9,6 +9,7 @@ import json
 import socket
 import sqlite3
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -63,6 +64,13 @@ def finished(server):
         model="tiny-base", training_file=training.id, validation_file=validation.id, suffix="My Model", seed=7,
         metadata={"finished": "yes"})  # fmt: skip
     return wait_for(job.id, client)
+
+
+def wait_until(condition, seconds=10):
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
 
 
 def upload(client, content=None, **arguments):
@@ -528,19 +536,42 @@ def test_a_client_that_leaves_stops_its_generation(client, server):
             else:
                 ask(client, "slow", timeout=0.3)
         assert server[1].state.engine.cancelled.wait(3)
-    deadline = time.monotonic() + 3
-    while server[1].state.generating.running:
-        assert time.monotonic() < deadline, "its place is free again"
-        time.sleep(0.02)
+    wait_until(lambda: not server[1].state.generating.running)  # its place is free again
 
 
-def test_too_many_at_once_are_told_to_wait(client, server, monkeypatch):
+def test_a_hundred_at_once_are_all_answered(client, server, monkeypatch):
+    monkeypatch.setattr("local_api.answers.MAX_GENERATIONS", 8)
+    with ThreadPoolExecutor(100) as pool:
+        answers = list(pool.map(lambda n: ask(client, f"question {n}", n=1 + n % 3), range(100)))
+    assert [one.choices[-1].message.content for one in answers] == [f"You said: question {n} " for n in range(100)]
+    assert server[1].state.generating.running == 0 and not server[1].state.generating.waiting
+
+
+def test_who_waits_too_long_or_stands_too_far_back_is_told_when_to_come_again(client, server, monkeypatch):
+    generating = server[1].state.generating
     monkeypatch.setattr("local_api.answers.MAX_GENERATIONS", 2)
-    with ask(client, "slow", stream=True, n=2) as answer:
+    monkeypatch.setattr("local_api.answers.MAX_WAITING", 3)
+    with ask(client, "slow", stream=True, n=2) as answer, ThreadPoolExecutor() as pool:
         next(answer)
-        with pytest.raises(openai.RateLimitError) as caught:
-            ask(client, "hello")
-        assert caught.value.response.headers["retry-after"] == "1" and caught.value.code == "rate_limit_exceeded"
+        monkeypatch.setattr(generating, "seconds", 8.0)  # what an answer takes
+        waits = pool.submit(ask, client, "hello", n=2)
+        wait_until(lambda: generating.waiting)
+        with pytest.raises(
+            openai.RateLimitError, match="2 answers to write, and 2 more wait; try again in 16 s"
+        ) as far:
+            ask(client, "hello", n=2)
+        assert far.value.response.headers["retry-after"] == "16" and far.value.code == "rate_limit_exceeded"
+        monkeypatch.setattr("local_api.answers.MAX_WAIT_SECONDS", 0.2)
+        with pytest.raises(openai.RateLimitError) as late:
+            client.responses.create(model="tiny-base", input="hello")
+        assert late.value.response.headers["retry-after"] == "12"
+        with pytest.raises(openai.APITimeoutError):  # a client that does not wait leaves the queue
+            monkeypatch.setattr("local_api.answers.MAX_WAIT_SECONDS", 60)
+            ask(client, "hello", timeout=0.3)
+        wait_until(lambda: len(generating.waiting) == 1)
+        answer.close()
+        assert len(waits.result().choices) == 2
+    wait_until(lambda: not generating.running)
 
 
 def test_what_the_engine_refuses(client):
