@@ -133,7 +133,7 @@ def test_each_script_alone_in_a_folder_does_its_step(tiny_api, tmp_path):
     assert json.loads(record.read_text("utf-8"))["system_prompt"] == "You add."
     assert "succeeded" in step("check_fine_tune_status", "--wait", files=(record,))
     record = folders["check_fine_tune_status"] / record.name
-    step("use_fine_tuned_model", "What is 3 and 3?", "--max-tokens", "5", files=(record,))
+    step("use_fine_tuned_model", "What is 3 and 3?", files=(record,))
     cases = folders["test_model"] / "cases.json"
     cases.write_text('{"cases": [{"id": "a", "question": "What is 2 and 2?", "checks": {"contains": ["4"]}}]}')
     step("test_model", "--cases", "cases.json", files=(record,))
