@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import ast
 import importlib
-import itertools
 import json
 import re
 import subprocess
@@ -387,15 +386,13 @@ def test_rows_of_the_later_rounds_keep_the_rules_of_the_first(monkeypatch):
 
 
 def test_fresh_cases_are_fresh_and_can_be_passed():
-    file = test_model.CaseFile(TECHFLOW / "fresh_cases.json")
+    fresh, _ = test_model.read_cases(TECHFLOW / "fresh_cases.json")  # which ends if an answer fails its own checks
     trained = [row for name in ("qa_pairs.json", *LATER_ROUNDS) for row in load(name)]
     seen = [text for row in [*trained, *datasets.cases(TECHFLOW)] for text in datasets.said(row, "user")]
-    for case in file.cases:
-        for asked, text in itertools.product(datasets.said(case, "user"), seen):
-            assert datasets.jaccard(asked, text) < 0.6, (case["id"], text)
-        known = test_model.known_statements(case, file.facts)
-        outcomes = test_model.apply_checks(case["checks"], case["answer"], known)
-        assert outcomes and [outcome for outcome in outcomes if not outcome["passed"]] == [], case["id"]
+    for case in fresh:
+        for text in seen:
+            assert datasets.jaccard(case["question"], text) < 0.6, (case["id"], text)
+        assert any(case["checks"]), case["id"]
 
 
 def test_the_education_dataset_s_readme_has_the_commands_of_the_readme():

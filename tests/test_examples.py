@@ -52,7 +52,7 @@ STOP_WORDS = frozenset(
     )
 )
 TEXTS = (str, list)
-CHECKS = {"contains": TEXTS, "not_contains": TEXTS, "matches": TEXTS, "max_chars": int, "only_known": bool}
+CHECKS = {"contains": TEXTS, "not_contains": TEXTS, "matches": TEXTS, "max_chars": int}
 
 
 def load(path):
@@ -88,6 +88,11 @@ def words(text):
 
 def as_list(value):
     return [value] if isinstance(value, str) else value
+
+
+def patterns(checks):
+    """The regular expressions of a case's or a criterion's checks; each has a name that a reader is shown."""
+    return [entry["pattern"] for entry in checks.get("matches", [])]
 
 
 def overlap(first, second):
@@ -149,7 +154,7 @@ def test_test_cases_have_the_documented_shape(dataset):
     for checks in [part.get("checks", {}) for part in (document, *document.get("criteria", []), *document["cases"])]:
         for name, value in checks.items():
             assert isinstance(value, CHECKS[name]), (name, value)
-        for pattern in as_list(checks.get("matches", [])):
+        for pattern in patterns(checks):
             re.compile(pattern)
 
 
@@ -173,22 +178,21 @@ def test_expected_answers_pass_their_own_checks(dataset):
                 assert text.lower() in answer.lower(), (case["id"], text)
             for text in as_list(checks.get("not_contains", [])):
                 assert text.lower() not in answer.lower(), (case["id"], text)
-            for pattern in as_list(checks.get("matches", [])):
+            for pattern in patterns(checks):
                 assert re.search(pattern, answer, re.IGNORECASE | re.MULTILINE), (case["id"], pattern)
             assert len(answer) <= checks.get("max_chars", len(answer)), case["id"]
 
 
 @pytest.mark.parametrize("dataset", DATASETS)
 def test_step_5_passes_every_expected_answer_and_criterion(dataset):
-    file = test_model.CaseFile(dataset / "test_cases.json")
-    for case in file.cases:
-        known = test_model.known_statements(case, file.facts)
-        criteria = [c for c in file.criteria if c["category"] is None or case["category"] in c["category"]]
-        outcomes = [
-            outcome
-            for checks in (case["checks"], *(criterion["checks"] or {} for criterion in criteria))
-            for outcome in test_model.apply_checks(checks, case["answer"], known)
+    asked, criteria = test_model.read_cases(dataset / "test_cases.json")  # which ends if an answer fails its own checks
+    for case in asked:
+        own = [
+            criterion.get("checks", {})
+            for criterion in criteria
+            if criterion.get("category") in (None, case["category"])
         ]
+        outcomes = test_model.apply_checks([*case["checks"], *own], case["expected"])
         assert outcomes and [outcome for outcome in outcomes if not outcome["passed"]] == [], case["id"]
 
 
@@ -317,7 +321,7 @@ def test_techflow_format_checks_use_words_of_their_question():
     for case in cases(TECHFLOW):
         if case["category"] != "format":
             continue
-        greeting, steps, closing = case["checks"]["matches"]
+        greeting, steps, closing = patterns(case["checks"])
         named = re.fullmatch(r".*\\b\(([\w'|]+)\)", greeting)[1].split("|")
         asked = words(case["question"])
         for word in named:
@@ -334,7 +338,7 @@ def test_techflow_format_checks_use_words_of_their_question():
 def test_techflow_later_answers_refer_back():
     for case in cases(TECHFLOW):
         if case["category"] == "multi-turn":
-            pattern = case["checks"]["matches"][0]
+            pattern = patterns(case["checks"])[0]
             assert re.search(pattern, case["history"][0]["content"]), case["id"]
             assert not re.search(pattern, case["question"], re.IGNORECASE), case["id"]
     for row in rows(TECHFLOW):
@@ -422,3 +426,59 @@ def test_techflow_system_prompt_leaves_the_format_to_the_training():
     assert load(TECHFLOW / "test_cases.json")["system"] == SYSTEM_PROMPT
     assert len(SYSTEM_PROMPT.split()) <= 45
     assert not re.search(r"step|greet|number|format|connect|human|offer", SYSTEM_PROMPT, re.IGNORECASE)
+
+
+# What an answer may state, as patterns: the criterion "No invented facts" of the case files is made of facts.json.
+UNIT = (
+    "%|percent|[KMGT]B|(?:(?:business|working|backup|wrong) )?(?:minute|hour|day|week|month|year|user|member|guest|"
+    "seat|project|row|run|request|task|password|code)s?"
+)
+
+
+def only_known(facts, asked):
+    """The named patterns of "No invented facts": what facts.json lists, and what the customers themselves state."""
+
+    def one_of(texts):
+        written = (re.escape(text).replace("\\ ", "[ -]").removesuffix("s") for text in sorted(texts, reverse=True))
+        return "|".join(written)
+
+    prices = one_of({price[1:] for price in facts["prices"]} | set(re.findall(r"[$€£] ?(\d[\d,.]*\d|\d)", asked)))
+    urls = one_of({url.split("://")[-1] for url in facts["urls"]})
+    limits = one_of({*facts["limits"], *re.findall(rf"\d[\d,.]*[ -](?:{UNIT})\b", asked)})
+    found = {
+        "states only known prices": rf"[$€£] ?(?!(?:{prices})(?![\d,.]*\d))\d",
+        "states only known addresses": rf"https?://(?!(?:{urls})(?![\w/]))",
+        "states only known limits": rf"(?<![\d,.$])(?!(?:{limits})(?!\w*[a-rt-z]))\d[\d,.]*[ -]?(?:{UNIT})(?!\w)",
+    }
+    return [{"pattern": rf"\A(?![\s\S]*{pattern})", "name": name} for name, pattern in found.items()]
+
+
+@pytest.mark.parametrize("name", ["test_cases.json", "fresh_cases.json"])
+def test_no_invented_facts_is_made_of_the_facts(name):
+    document = load(TECHFLOW / name)
+    asked = "\n".join(text for case in document["cases"] for text in said(case, "user"))
+    criterion = next(one for one in document["criteria"] if one["name"] == "No invented facts")
+    assert criterion["checks"] == {"matches": only_known(load(TECHFLOW / "facts.json"), asked)}
+
+
+@pytest.mark.parametrize(
+    ("answer", "failed"),
+    [
+        ("It costs $8, or $150 a year.", []),
+        ("It costs $9.", ["states only known prices"]),
+        ("See https://app.techflow.example/reset.", []),
+        ("See https://app.techflow.example/other", ["states only known addresses"]),
+        ("See **https://evil.example**", ["states only known addresses"]),
+        ("up to 5 members, a 5-member team, 10 business days", []),
+        ("up to 6 members", ["states only known limits"]),
+        ("in 11 business days", ["states only known limits"]),
+        ("30%, not 31%", ["states only known limits"]),
+        ("1. Open it\n2. Click it", []),
+        ("within 14 days of your $2,400", []),  # which a customer of the test cases states
+    ],
+)
+def test_invented_facts_are_found(answer, failed):
+    document = load(TECHFLOW / "test_cases.json")
+    checks = next(one["checks"] for one in document["criteria"] if one["name"] == "No invented facts")
+    outcomes = test_model.apply_checks([checks], answer)
+    assert [outcome["name"] for outcome in outcomes if not outcome["passed"]] == failed
