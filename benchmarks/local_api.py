@@ -115,7 +115,8 @@ def plain_generate(model_dir: Path) -> float:
 
 def generation(args: argparse.Namespace) -> list[Figure]:
     from local_api.base_models import BUSY_LOOPS, quiet_transformers, share_processor
-    from local_api.engine import Engine, GenerationRequest
+    from local_api.engine import Engine
+    from local_api.generation import GenerationRequest
 
     share_processor(BUSY_LOOPS)  # as the server does
 

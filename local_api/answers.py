@@ -19,8 +19,9 @@ from pydantic import Field, model_validator
 from pydantic_core import PydanticCustomError
 
 from local_api.base_models import ModelUnavailable
-from local_api.engine import Engine, EngineError, GenerationRequest
+from local_api.engine import Engine
 from local_api.errors import APIError, explain, model_not_found
+from local_api.generation import EngineError, GenerationRequest
 from local_api.shapes import Parameters
 from local_api.store import Document
 

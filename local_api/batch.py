@@ -13,7 +13,7 @@ import torch
 from torch.nn.functional import pad
 
 from .encoding import EncodingError, encode_prompt, end_of_turn_ids
-from .engine import EngineError, Generation, Piece
+from .generation import EngineError, Generation, Piece
 from .inference import new_cache, next_logits
 
 FEW = 256  # tokens that are looked at first when a part of all is asked for (top_p)

@@ -7,78 +7,21 @@ answer holds nobody up.
 
 from __future__ import annotations
 
-import queue
 import sys
 import threading
 import traceback
-from collections.abc import Callable, Collection, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 from . import base_models
+from .generation import EngineError, Generation, GenerationRequest
 
 if TYPE_CHECKING:  # it imports PyTorch, which the engine's thread does when the first request is there
     from .batch import Batch
 
 MAX_ROWS = 16  # answers that one model writes at the same time; more wait
-
-
-class EngineError(Exception):
-    """A request that cannot be answered; `code` is the API's error code."""
-
-    def __init__(self, message: str, code: str = "server_error"):
-        super().__init__(message)
-        self.code = code
-
-
-@dataclass(frozen=True)
-class GenerationRequest:
-    """One answer asked for. `max_tokens` None: as long as the model's context allows. `top_logprobs`: 0 to 20."""
-
-    model: str
-    messages: list[dict]
-    max_tokens: int | None = None
-    temperature: float = 1.0
-    top_p: float = 1.0
-    stop: Sequence[str] = ()
-    seed: int | None = None
-    logprobs: bool = False
-    top_logprobs: int = 0
-
-
-class Piece(NamedTuple):
-    """Text that became certain with one step; the last piece of an answer carries "stop" or "length"."""
-
-    text: str
-    logprobs: list[dict] | None = None
-    finish_reason: str | None = None
-
-
-@dataclass
-class Generation:
-    """An answer in the making: iterate over it for its pieces (blocks until there is one; raises EngineError)."""
-
-    request: GenerationRequest
-    prompt_tokens: int = 0
-    completion_tokens: int = 0
-    cancelled: bool = False
-    pieces: queue.SimpleQueue = field(default_factory=queue.SimpleQueue, repr=False)
-
-    def cancel(self) -> None:
-        """Stop writing this answer; whoever still reads it gets its end."""
-        self.cancelled = True
-        self.pieces.put(Piece("", None, "stop"))
-
-    def __iter__(self) -> Iterator[Piece]:
-        while True:
-            piece = self.pieces.get()
-            if isinstance(piece, EngineError):
-                raise piece
-            yield piece
-            if piece.finish_reason:
-                return
 
 
 class Engine:

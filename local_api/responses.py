@@ -12,8 +12,8 @@ from pydantic import BeforeValidator, Field
 
 from local_api.answers import Answer, AnswerParameters, as_api_error, joined_text
 from local_api.chat import MAX_MESSAGES
-from local_api.engine import GenerationRequest
 from local_api.errors import error_response
+from local_api.generation import GenerationRequest
 from local_api.models import find_model
 from local_api.shapes import Parameters, Router
 from local_api.store import Document, new_id, now

@@ -93,7 +93,7 @@ class FakeEngine:
         self.cancelled = threading.Event()
 
     def submit(self, request):
-        from local_api.engine import EngineError
+        from local_api.generation import EngineError
 
         self.requests.append(request)
         if request.messages[-1]["content"] == "too long":
@@ -113,7 +113,7 @@ class FakeGeneration:
         self.prompt_tokens, self.completion_tokens = sum(len(m["content"].split()) for m in request.messages), 0
 
     def __iter__(self):
-        from local_api.engine import EngineError
+        from local_api.generation import EngineError
 
         question = self.request.messages[-1]["content"]
         words = itertools.repeat("on") if question == "slow" else f"You said: {question}".split()

@@ -22,7 +22,7 @@ from local_api_doubles import FakeEngine, running, training_file, wait_for
 from local_api.__main__ import build_parser, listen
 from local_api.answers import Generating, as_api_error
 from local_api.app import Settings
-from local_api.engine import EngineError
+from local_api.generation import EngineError
 
 DOCUMENT = json.loads((Path(__file__).parent / "openai_openapi.json").read_text(encoding="utf-8"))
 # Where this server departs from the document, and why.

@@ -18,7 +18,8 @@ from conftest import ROOT
 from local_api import step, train
 from local_api.base_models import weight_bytes
 from local_api.encoding import EncodingError, encode_example, encode_prompt
-from local_api.engine import Engine, EngineError, GenerationRequest
+from local_api.engine import Engine
+from local_api.generation import EngineError, GenerationRequest
 
 CONVERSATION = [
     {"role": "system", "content": "Be brief."},
@@ -311,7 +312,7 @@ def test_tokens_are_drawn_as_often_as_they_are_likely():
     import torch
 
     from local_api.batch import Row
-    from local_api.engine import Generation
+    from local_api.generation import Generation
 
     logits = 2 * torch.randn(1000, generator=torch.Generator().manual_seed(0))
     for temperature, top_p in ((1.0, 1.0), (1.0, 0.9), (2.0, 0.99), (0.5, 0.0), (1e-30, 1.0)):
@@ -336,7 +337,7 @@ def test_logprobs_end_with_the_text_that_a_stop_sequence_cuts():
     import torch
 
     from local_api.batch import Row
-    from local_api.engine import Generation
+    from local_api.generation import Generation
 
     words = ["a", "ST", "S", "TOP"]  # the third token is held back, and cut off by the fourth
     row = Row(Generation(request(stop=["STOP"], logprobs=True)), [], 9)
