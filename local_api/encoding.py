@@ -139,8 +139,11 @@ def require_all_of(position: int, message: dict, rendered: str) -> None:
 def require_all_tools(tools: list[dict], rendered: str) -> None:
     for function in (tool["function"] for tool in tools):
         properties = dict_at(dict_at(function, "parameters"), "properties")
-        about = [function, *(value for value in properties.values() if isinstance(value, dict))]
-        for text in [function["name"], *properties, *(str(item.get("description") or "") for item in about)]:
+        described = [function, *(value for value in properties.values() if isinstance(value, dict))]
+        texts = [function["name"], *properties]
+        for item in described:  # by lines: some templates write them as comments
+            texts += str(item.get("description") or "").splitlines()
+        for text in texts:
             if not stands_in(text, rendered):
                 raise EncodingError(
                     f"the base model's chat template leaves out of `tools` {text.strip()[:40]!r}; describe the tools "

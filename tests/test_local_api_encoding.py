@@ -14,7 +14,10 @@ from local_api.encoding import EncodingError, encode_example, read_examples
 from local_api.validation import JobFailed
 
 PARAMETERS = {"type": "object", "properties": {"tea": {"type": "string", "description": "Which tea"}}}
-TOOL = {"type": "function", "function": {"name": "get_stock", "description": "Tins left", "parameters": PARAMETERS}}
+TOOL = {
+    "type": "function",
+    "function": {"name": "get_stock", "description": "Tins left\nin the shop", "parameters": PARAMETERS},
+}
 ARGUMENTS = '{"tea": "\\"Grün\\"\\n", "fresh": true, "sizes": [50, 2.5], "of": {"year": null}}'
 STOCK = call(name="get_stock", arguments=ARGUMENTS)
 CALLING, CALLING_ALONE = chat("How many?", calls(STOCK), tools=[TOOL]), chat("How many?", calls(STOCK))
@@ -41,9 +44,16 @@ def learnt(tokenizer, row: dict) -> str:
     return tokenizer.decode([i for i, trained in zip(encoded.ids, encoded.trained, strict=True) if trained])
 
 
-def test_a_template_that_knows_tools_loses_nothing(load_tokenizer):
+IN_COMMENTS = """{% for tool in tools or [] %}{{ tool.function.name }}
+{% for name, about in tool.function.parameters.properties.items() %}{{ name }}: {{ about.description }}{% endfor %}
+{% for line in tool.function.description.splitlines() %}// {{ line }}
+{% endfor %}{% endfor %}"""
+
+
+@pytest.mark.parametrize("tools", [TOOLS_FIRST, IN_COMMENTS])
+def test_a_template_that_knows_tools_loses_nothing(load_tokenizer, tools):
     row = chat("How many?", calls(STOCK), result(1, ' "7"\n '), said(ANSWER), tools=[TOOL])
-    text = learnt(load_tokenizer(TOOLS_FIRST + WITH_CALLS), row)
+    text = learnt(load_tokenizer(tools + WITH_CALLS), row)
     assert "get_stock" in text and "2.5" in text and text.endswith(ANSWER + "<|im_end|>")
 
 
