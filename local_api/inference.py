@@ -17,6 +17,7 @@ from transformers.cache_utils import DynamicLayer
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from . import base_models
+from .fused import BESIDE, beside, inverse_length, rotate, rotation
 
 
 def load(model_dir: Path, adapter_dir: Path | None) -> tuple[Any, Any]:
@@ -141,20 +142,24 @@ def fuse(model: Any) -> None:
         return
     model.tied = model.lm_head.weight is model.model.embed_tokens.weight  # the config may say so where it is not
     for layer in model.model.layers:
-        attention, mlp = layer.self_attn, layer.mlp
-        attention.qkv_proj = beside(attention.q_proj, attention.k_proj, attention.v_proj)
-        mlp.gate_up_proj = beside(mlp.gate_proj, mlp.up_proj)
-        del attention.q_proj, attention.k_proj, attention.v_proj, mlp.gate_proj, mlp.up_proj
+        for part, stacks in BESIDE.items():
+            module = getattr(layer, part)
+            for stack, names in stacks.items():
+                setattr(module, stack, one_of([module.get_submodule(name) for name in names]))
+                for name in names:
+                    if name != stack:
+                        delattr(module, name)
     model.fused = True
 
 
-def beside(*linears: torch.nn.Linear) -> torch.nn.Linear:
+def one_of(linears: list[Any]) -> Any:
     """Return the linear layer whose output is the outputs of these, one after the other."""
-    has_bias = linears[0].bias is not None
-    fused = torch.nn.Linear(1, 1, bias=has_bias)
-    fused.weight = torch.nn.Parameter(torch.cat([linear.weight for linear in linears]), requires_grad=False)
-    if has_bias:
-        fused.bias = torch.nn.Parameter(torch.cat([linear.bias for linear in linears]), requires_grad=False)
+    if len(linears) == 1:
+        return linears[0]
+    fused = torch.nn.Linear(1, 1, bias=linears[0].bias is not None)
+    fused.weight = torch.nn.Parameter(beside(linear.weight for linear in linears), requires_grad=False)
+    if fused.bias is not None:
+        fused.bias = torch.nn.Parameter(beside(linear.bias for linear in linears), requires_grad=False)
     return fused
 
 
@@ -167,15 +172,11 @@ def llama_logits(model: Any, ids: Any, attended: Any, positions: Any, cache: Any
     groups, width = model.config.num_key_value_heads, llama.layers[0].self_attn.head_dim
     mask = visible(attended, tokens)
     hidden = llama.embed_tokens(ids)
-    cos, sin = (part[:, :, None] for part in llama.rotary_emb(hidden, positions))
-    sin = torch.cat(
-        [-sin[..., : width // 2], sin[..., width // 2 :]], -1
-    )  # the sign of rotate_half: a roll does the rest
+    cos, sin = rotation(llama.rotary_emb, hidden, positions)
     for index, layer in enumerate(llama.layers):
         attention, mlp = layer.self_attn, layer.mlp
         states = attention.qkv_proj(norm(hidden, layer.input_layernorm)).view(rows, tokens, -1, width)
-        turned = states[:, :, :-groups]  # queries and keys
-        turned = torch.addcmul(turned * cos, turned.roll(width // 2, -1), sin)
+        turned = rotate(states[:, :, :-groups], cos, sin)  # queries and keys
         query, key = turned[:, :, :-groups].transpose(1, 2), turned[:, :, -groups:].transpose(1, 2)
         keys, values = cache.update(key, states[:, :, -groups:].transpose(1, 2), index)
         answer, _ = attend(attention, query, keys, values, mask, scaling=attention.scaling)
@@ -213,6 +214,4 @@ def visible(attended: Any, tokens: int) -> Any:
 
 def norm(x: Any, layer: Any) -> Any:
     """The layer's RMS norm, in a third of the time that torch.nn.functional.rms_norm takes for so few numbers."""
-    length = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
-    scale = torch.addcmul(length.new_tensor(layer.variance_epsilon), length, length, value=1 / x.shape[-1]).rsqrt()
-    return (x * scale).to(x.dtype) * layer.weight
+    return (x * inverse_length(x, layer.variance_epsilon)).to(x.dtype) * layer.weight

@@ -31,7 +31,16 @@ from typing import Any
 
 from . import base_models
 from .encoding import Encoded, read_examples
-from .step import BASE_LEARNING_RATE, Optimizer, add_lora, choose_attention, epoch_batches, mean_losses, train_step
+from .step import (
+    BASE_LEARNING_RATE,
+    Optimizer,
+    add_lora,
+    choose_attention,
+    epoch_batches,
+    mean_losses,
+    quicken,
+    train_step,
+)
 from .validation import JobFailed
 
 AUTO_BATCH_SIZE = 2  # few examples and short answers: many small steps learn more than few large ones
@@ -187,6 +196,7 @@ def train(job_dir: Path, stop: dict) -> dict | None:
     longest = max(len(row.ids) for row in examples + validation)
     choose_attention(model, longest)
     model = add_lora(model, job.get("adapter"), job["base_model"])
+    quicken(model, longest)
     optimizer = Optimizer(model, BASE_LEARNING_RATE * settings["learning_rate_multiplier"], total_steps)
     rows = load_resume_state(job_dir, optimizer)
     done = len(rows)
