@@ -90,7 +90,7 @@ def wait_for_training(job_id: str) -> str | None:
             job = client.fine_tuning.jobs.retrieve(job_id)
             fresh = new_events(client, job_id, events)
         except (openai.APIConnectionError, openai.InternalServerError) as error:
-            if not events or client.max_retries == RETRIES:
+            if not events or client.max_retries == RETRIES:  # it was never there, or asked enough
                 raise
             say(f"{explain(error)} Asking again for ten minutes.")
             client = connect(max_retries=RETRIES)
@@ -150,7 +150,7 @@ def show(client, job, events: list) -> None:
     facts = {"Job ID": job.id, "Status": ended(job) or job.status, "Model": job.model}
     if events and not ended(job):
         facts["Latest event"] = events[-1].message
-    facts["Hyperparameters"] = ", ".join(f"{key} {value}" for key, value in job.hyperparameters)
+    facts["Hyperparameters"] = ", ".join(f"{key} {n}" for key, n in job.hyperparameters or ())
     if job.trained_tokens:
         free = " (free)" if read_job(job.id).get("estimated_cost") == 0 else ""
         facts["Trained tokens"] = f"{job.trained_tokens:,}{free}"

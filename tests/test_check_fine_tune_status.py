@@ -134,7 +134,7 @@ def test_a_server_that_has_little(api, capsys):
     api.features = set()
     job = api.add_job()
     api.finish(job["id"])
-    for name in ("result_files", "trained_tokens", "finished_at", "seed", "organization_id"):
+    for name in ("hyperparameters", "result_files", "trained_tokens", "finished_at", "seed", "organization_id"):
         del job[name]
     script.main([job["id"]])
     out = capsys.readouterr().out
