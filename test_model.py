@@ -140,8 +140,8 @@ class ModelTester:
 
     def __init__(self, model: str, base_model: str):
         self.model, self.base_model, self.answers, self.lock = model, base_model, {}, Lock()
-        # 300 seconds: a laptop needs a while for sixteen answers. The SDK repeats what can pass:
-        self.client = connect(timeout=300, max_retries=4)  # rate limits, lost connections, 5xx
+        # 300 seconds: a laptop writes sixteen answers at a time. The SDK repeats what may pass.
+        self.client = connect(timeout=300, max_retries=4)
         if JOURNAL.exists():
             for line in JOURNAL.read_text("utf-8").splitlines():
                 entry = json.loads(line)
@@ -162,8 +162,7 @@ class ModelTester:
 
     def generate_answer(self, question: str, system: str | None = None) -> str:
         """Return the fine-tuned model's answer to one question."""
-        case: dict = {"system": system, "history": [], "question": question}
-        return self.ask(self.model, case)["text"]
+        return self.ask(self.model, {"question": question, "system": system, "history": []})["text"]
 
     def ask_all(self, model: str, cases: list[dict]) -> list[dict]:
         """Return a model's answers, as many asked for at a time as its server can take."""
@@ -269,14 +268,16 @@ def summarise(results: list[dict], criteria: list[dict]) -> dict:
     for result in results:
         outcomes[result["outcome"]].append(result["id"])
         categories.setdefault(result["category"], []).append(result)
-    for criterion in criteria:
-        chosen, passed = categories.get(criterion.get("category", ""), results), 0
+    for aim in criteria:
+        wanted, passed = aim.get("category"), 0
+        chosen = categories.get(wanted, []) if wanted else results
         for result in chosen:  # a criterion's own checks count instead of the case's
-            checks = [criterion["checks"]] if "checks" in criterion else result["checks"]
+            checks = [aim["checks"]] if "checks" in aim else result["checks"]
             answer = {**result["fine_tuned"], "text": result["generated"]}
             passed += grade({**result, "checks": checks}, answer)["passed"]
-        met = passed >= criterion["min_pass_rate"] * len(chosen)
-        criterion |= {"passed": passed, "cases": len(chosen), "met": met}
+        enough = len(chosen) >= aim.get("min_cases", 1)
+        met = enough and passed >= aim["min_pass_rate"] * len(chosen)
+        aim |= {"passed": passed, "cases": len(chosen), "met": met}
     errors = [r[side]["error"] for r in results for side in SIDES if r[side]["error"]]
     fixed, broken = len(outcomes["fixed"]), len(outcomes["broken"])
     p, verdict, why = mcnemar_exact(fixed, broken), "no difference shown", "this can be luck"
@@ -303,10 +304,9 @@ def print_report(summary: dict, results: list[dict]) -> None:
         print(f"{name:<16}{base:>20}{tuned:>20}")
     base, tuned = ("{:.0%} to {:.0%}".format(*summary[side]["interval"]) for side in SIDES)
     print(f"{'95% interval':<16}{base:>20}{tuned:>20}\n")
-    for result in results:
-        if result["outcome"] == "broken":
-            print(f"Broken: {result['id']}: {result['question']:.60}")
-            print(f"    {result['fine_tuned']['problem']:.75}")
+    for r in results:
+        if r["outcome"] == "broken":
+            print(f"Broken: {r['id']}: {r['question']:.60}\n    {r['fine_tuned']['problem']:.75}")
     print(f"Verdict: {summary['verdict']}. {summary['sentence']}\n")
     for of in summary["criteria"]:
         met, asked = ("✗ not met", "✓ met    ")[of["met"]], f"asked: {of['min_pass_rate']:.0%}"

@@ -218,13 +218,18 @@ def test_success_criteria(api, capsys):
     criteria = [
         {"name": "Form", "category": "format", "min_pass_rate": 0.5, "judge": "tone"},
         {"name": "Own check", "checks": {"max_chars": 6}, "min_pass_rate": 0.7},
+        {"name": "Too few", "category": "tone", "min_pass_rate": 0.0, "min_cases": 5},
+        {"name": "No case", "category": "other", "min_pass_rate": 0.0},
         {"name": "All", "min_pass_rate": 0.31},
     ]
     cases(*rows, criteria=criteria)
     pass_these(api, (), range(3))
     summary, _ = run()
     of = {row["name"]: (row["met"], row["passed"], row["cases"]) for row in summary["criteria"]}
-    assert of == {"Form": (True, 3, 6), "Own check": (True, 7, 10), "All": (False, 3, 10)}
+    assert of == {"Form": (True, 3, 6), "Own check": (True, 7, 10), "All": (False, 3, 10)} | {
+        "Too few": (False, 0, 4),
+        "No case": (False, 0, 0),
+    }
     assert summary["criteria"][0]["judge"] == "tone"  # of the judge's page, and kept for it
     out = capsys.readouterr().out
     assert "✓ met      Form" in out and "✗ not met  All" in out and "50%" in out
@@ -479,11 +484,10 @@ def test_a_run_that_was_stopped_goes_on(api, sent):
         return "right"
 
     api.answer = answer
-    start = time.monotonic()
     _, err = process.communicate(timeout=60)
     assert process.returncode == {signal.SIGKILL: -9, signal.SIGINT: 130}[sent] and "Traceback" not in err
     if sent == signal.SIGINT:
-        assert "The same command goes on" in err and time.monotonic() - start < 10
+        assert "The same command goes on" in err
     kept = [json.loads(line)["asked"] for line in Path("test_answers.jsonl").read_text("utf-8").splitlines()]
     assert len(kept) >= 30
     api.answer = lambda model, messages: "right"
