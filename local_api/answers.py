@@ -26,6 +26,7 @@ from local_api.shapes import Parameters
 from local_api.store import Document
 
 log = logging.getLogger("local_api")
+TEXT_ALONE = "It answers with text alone: leave tools out, or send 'tool_choice': 'none'."
 MAX_GENERATIONS = 64  # that the engine has at once; more wait
 MAX_WAITING = 256  # generations; one more is answered with 429
 MAX_WAIT_SECONDS = 60.0  # so is one that has waited for so long
@@ -34,8 +35,10 @@ MAX_WAIT_SECONDS = 60.0  # so is one that has waited for so long
 class AnswerParameters(Parameters):
     """The parameters that chat completions and responses have in common."""
 
-    # Parameters that change what is answered or kept, with the values that leave it as it is here. Others are refused.
+    # Parameters that change what is answered or kept, with the values that leave it as it is here. Others are refused,
+    # with what a client can do instead where there is something.
     harmless_values: ClassVar[dict[str, tuple]]
+    instead: ClassVar[dict[str, str]]
 
     model: str
     stream: bool | None = None
@@ -48,7 +51,7 @@ class AnswerParameters(Parameters):
     prompt_cache_retention: str | None = None
     prompt_cache_options: Any = None
     metadata: dict[str, str] | None = None
-    service_tier: Literal["auto", "default"] | None = None
+    service_tier: Literal["auto", "default", "flex", "scale", "priority"] | None = None  # answered by the default one
     parallel_tool_calls: bool | None = None
 
     @model_validator(mode="before")
@@ -57,23 +60,28 @@ class AnswerParameters(Parameters):
         if not isinstance(sent, dict):
             return sent
         for name, harmless in cls.harmless_values.items():
-            refuse_unless_harmless(name, sent.get(name), harmless)
+            if name != "tools" or sent.get("tool_choice") != "none":  # then they change nothing
+                refuse_unless_harmless(name, sent.get(name), harmless, cls.instead.get(name, ""))
         return {name: value for name, value in sent.items() if name not in cls.harmless_values}
 
     def sampling(self) -> dict[str, Any]:
         values = {"temperature": self.temperature, "top_p": self.top_p}
         return {name: 1.0 if value is None else value for name, value in values.items()}
 
+    def served(self) -> Document:
+        """Return what an answer says of the service tier: whoever named one is told which it got."""
+        return {"service_tier": "default"} if self.service_tier else {}
 
-def refuse_unless_harmless(name: str, value: Any, harmless: tuple) -> None:
+
+def refuse_unless_harmless(name: str, value: Any, harmless: tuple, instead: str) -> None:
     if value is None or any(value == one and isinstance(value, bool) == isinstance(one, bool) for one in harmless):
         return
-    only = " or ".join(json.dumps(one) for one in harmless if one not in ([], {}))
+    only = " or ".join(json.dumps(one) for one in harmless if one not in ([], {}, "none"))
     if not only:
-        raise APIError(400, f"Unsupported parameter: '{name}' is not supported with this model.", param=name,
-                       code="unsupported_parameter")  # fmt: skip
-    raise APIError(400, f"Unsupported value: '{name}' does not support {json.dumps(value)[:100]} with this model. "
-                        f"Only {only} is supported.", param=name, code="unsupported_value")  # fmt: skip
+        raise APIError(400, f"Unsupported parameter: '{name}' is not supported with this model. {instead}".strip(),
+                       param=name, code="unsupported_parameter")  # fmt: skip
+    why = f"does not support {json.dumps(value)[:100]} with this model. Only {only} is supported. {instead}"
+    raise APIError(400, f"Unsupported value: '{name}' {why}".strip(), param=name, code="unsupported_value")
 
 
 def joined_text(content: Any) -> Any:
@@ -238,7 +246,7 @@ def as_api_error(error: Exception, prompt: str) -> APIError:
     if isinstance(error, KeyError):  # deleted in this very moment
         return model_not_found(str(error.args[0]))
     if isinstance(error, EngineError) and error.code in ("context_length_exceeded", "invalid_value"):
-        return APIError(400, str(error), param=prompt, code=error.code)
+        return APIError(400, str(error), param=error.param or prompt, code=error.code)
     if isinstance(error, EngineError):
         passing = error.code in ("server_shutting_down", "model_not_available")
         return APIError(503 if passing else 500, str(error), code=error.code)

@@ -12,46 +12,26 @@ from typing import Any
 import torch
 from torch.nn.functional import pad
 
+from . import forms
 from .encoding import EncodingError, encode_prompt, end_of_turn_ids
 from .generation import EngineError, Generation, Piece
 from .inference import new_cache, next_logits
+from .sampling import Sampler
 
-FEW = 256  # tokens that are looked at first when a part of all is asked for (top_p)
 DEFAULT_CONTEXT = 4096  # for models whose configuration names no longest input
 
 
 class Row:
-    """One answer being written: its tokens, what of its text has been handed out, how the next token is drawn."""
+    """One answer being written: its tokens, and what of its text has been handed out."""
 
-    def __init__(self, generation: Generation, prompt: list[int], limit: int):
+    def __init__(self, generation: Generation, prompt: list[int], limit: int, matcher: Any = None):
         self.generation, self.request = generation, generation.request
         self.prompt, self.limit = prompt, limit
         self.ids: list[int] = []
         self.sent = 0  # characters handed out
         self.text = ""  # as it was decoded at the last step
         self.logprobs: list[tuple[int, dict]] = []  # not handed out yet, with the place where their token starts
-        self.random = torch.Generator()
-        if self.request.seed is not None:
-            self.random.manual_seed(self.request.seed % 2**63)
-        else:
-            self.random.seed()
-
-    def draw(self, logits: Any) -> int:
-        """Choose the next token from its logits (shape: vocabulary; float32, on the CPU)."""
-        if self.request.temperature < 1e-4:  # dividing by less overflows
-            return int(logits.argmax())
-        probabilities, tokens = torch.softmax(logits / self.request.temperature, -1), None
-        if self.request.top_p < 1:
-            everything, top_p = probabilities, self.request.top_p
-            probabilities, tokens = everything.topk(min(FEW, len(everything)))  # mostly enough; to sort all takes 8 ms
-            if probabilities.sum() < top_p:
-                probabilities, tokens = everything.sort(descending=True)
-            probabilities[probabilities.cumsum(-1) - probabilities > top_p] = 0  # the first token always stays
-        # Ten times faster than torch.multinomial, which draws a random number for each token.
-        sums = probabilities.cumsum(-1, dtype=torch.float64)
-        point = sums[-1] * torch.rand(1, generator=self.random, dtype=torch.float64)
-        place = torch.searchsorted(sums, point, right=True)
-        return int(place if tokens is None else tokens[place])
+        self.sampler = Sampler(self.request, matcher)
 
     def note_logprobs(self, logits: Any, token: int, decode: Callable[[list[int]], str]) -> None:
         """Keep the token's log probability and those of its likeliest rivals, in the API's form."""
@@ -101,6 +81,8 @@ class Batch:
         self.model_id, self.model, self.tokenizer, self.weight_bytes = model_id, model, tokenizer, weight_bytes
         self.ends = end_of_turn_ids(tokenizer, model)
         self.context = getattr(model.config.get_text_config(), "max_position_embeddings", None) or DEFAULT_CONTEXT
+        self.size = model.config.get_text_config().vocab_size
+        self.vocabulary: Any = None  # as llguidance knows it, once an answer in a form was asked for
         self.rows: list[Row] = []
         self.cache: Any = None
         self.attended: Any = None
@@ -130,10 +112,19 @@ class Batch:
 
     def start(self, generation: Generation) -> Row | None:
         """Encode a request's prompt; one that cannot be answered gets its error."""
+        request = generation.request
         try:
-            prompt = encode_prompt(self.tokenizer, generation.request.messages)
+            prompt = encode_prompt(self.tokenizer, request.messages)
+            matcher = self.matcher(request.form) if request.form else None
         except EncodingError as error:
             generation.pieces.put(EngineError(f"{error}".capitalize() + ".", "invalid_value"))
+            return None
+        except EngineError as error:
+            generation.pieces.put(error)
+            return None
+        if any(token >= self.size for token in request.logit_bias):
+            sentence = f"Invalid key in 'logit_bias': this model's tokens have the numbers 0 to {self.size - 1}."
+            generation.pieces.put(EngineError(sentence, "invalid_value", "logit_bias"))
             return None
         generation.prompt_tokens = len(prompt)
         if len(prompt) >= self.context:
@@ -142,7 +133,17 @@ class Batch:
             generation.pieces.put(EngineError(sentence, "context_length_exceeded"))
             return None
         room = self.context - len(prompt)
-        return Row(generation, prompt, min(generation.request.max_tokens or room, room))
+        return Row(generation, prompt, min(request.max_tokens or room, room), matcher)
+
+    def matcher(self, form: str) -> Any:
+        """Return what knows which tokens a form allows next, or raise an EngineError."""
+        try:
+            if self.vocabulary is None:
+                self.vocabulary = forms.vocabulary(self.tokenizer, self.size, self.ends)
+        except ValueError as error:
+            sentence = f"This model's tokenizer cannot be used for JSON answers ({error})."
+            raise EngineError(sentence, "invalid_value", "model") from None
+        return forms.matcher(self.vocabulary, form)
 
     def step(self) -> None:
         """Carry every answer one token further."""
@@ -164,14 +165,20 @@ class Batch:
         """Draw the next token of each row, hand out the text that it completes and let finished rows go."""
         finished = set()
         for row, scores in zip(rows, logits, strict=True):
-            token = row.draw(scores)
+            try:
+                token = row.sampler.draw(scores)
+            except EngineError as error:
+                row.generation.pieces.put(error)
+                finished.add(row)
+                continue
             row.generation.completion_tokens += 1
             ended = token in self.ends
             if not ended:
                 row.ids.append(token)
                 if row.request.logprobs:
                     row.note_logprobs(scores, token, self.decode)
-            reason = "stop" if ended else "length" if len(row.ids) >= row.limit else None
+            whole = ended or row.sampler.form_is_complete()
+            reason = "stop" if whole else "length" if len(row.ids) >= row.limit else None
             if row.hand_out(self.decode(row.ids), reason):
                 finished.add(row)
         self.keep([i for i, row in enumerate(self.rows) if row not in finished])

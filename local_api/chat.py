@@ -13,14 +13,16 @@ from fastapi.responses import JSONResponse, StreamingResponse
 from openai.types.chat import ChatCompletion
 from pydantic import BeforeValidator, Field
 
-from local_api.answers import MAX_GENERATIONS, Answer, AnswerParameters, as_api_error, joined_text
+from local_api.answers import MAX_GENERATIONS, TEXT_ALONE, Answer, AnswerParameters, as_api_error, joined_text
 from local_api.errors import APIError, error_body, error_response
+from local_api.forms import ResponseFormat
 from local_api.generation import GenerationRequest
 from local_api.models import find_model
 from local_api.shapes import Parameters, Router
 from local_api.store import Document, new_id, now
 
 MAX_MESSAGES = 2048
+TokenId = Annotated[str, Field(pattern="^[0-9]{1,9}$")]  # in the model's own vocabulary
 router = Router(prefix="/v1/chat/completions", tags=["Chat"])
 
 
@@ -50,11 +52,16 @@ class StreamOptions(Parameters):
 
 class ChatRequest(AnswerParameters):
     harmless_values: ClassVar = {
-        "audio": (), "frequency_penalty": (0,), "function_call": ("none",), "functions": ([],), "logit_bias": ({},),
-        "modalities": (["text"],), "moderation": (), "prediction": (), "presence_penalty": (0,),
-        "reasoning_effort": ("none",), "response_format": ({"type": "text"},), "store": (False,),
-        "tool_choice": ("none", "auto"), "tools": ([],), "verbosity": ("medium",), "web_search_options": (),
+        "audio": (), "function_call": ("none",), "functions": ([],), "modalities": (["text"],), "moderation": (),
+        "prediction": (), "reasoning_effort": ("none",), "store": (False,), "tool_choice": ("none", "auto"),
+        "tools": ([],), "verbosity": ("medium",), "web_search_options": (),
     }  # fmt: skip
+    instead: ClassVar = {
+        "functions": TEXT_ALONE,
+        "store": "This server keeps no answers.",
+        "tool_choice": TEXT_ALONE,
+        "tools": TEXT_ALONE,
+    }
 
     messages: Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES)]
     stream_options: StreamOptions | None = None
@@ -65,6 +72,10 @@ class ChatRequest(AnswerParameters):
     seed: Annotated[int | None, Field(ge=-(2**63), lt=2**63)] = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int | None, Field(ge=0, le=20)] = None
+    frequency_penalty: Annotated[float | None, Field(ge=-2, le=2)] = None
+    presence_penalty: Annotated[float | None, Field(ge=-2, le=2)] = None
+    logit_bias: dict[TokenId, Annotated[float, Field(ge=-100, le=100)]] | None = None
+    response_format: ResponseFormat | None = None
 
 
 def check_combinations(chat: ChatRequest) -> None:
@@ -86,6 +97,8 @@ def check_combinations(chat: ChatRequest) -> None:
 
 def generation_requests(chat: ChatRequest) -> list[GenerationRequest]:
     """Return one request to the engine for each choice; with a seed, each choice has its own that follows from it."""
+    form = chat.response_format.grammar() if chat.response_format else None
+    bias = {int(token): value for token, value in (chat.logit_bias or {}).items()}
     return [GenerationRequest(
         model=chat.model,
         messages=[message.model_dump(include={"role", "content"}) for message in chat.messages],
@@ -95,6 +108,10 @@ def generation_requests(chat: ChatRequest) -> list[GenerationRequest]:
         seed=None if chat.seed is None else chat.seed + index,
         logprobs=bool(chat.logprobs),
         top_logprobs=chat.top_logprobs or 0,
+        frequency_penalty=chat.frequency_penalty or 0.0,
+        presence_penalty=chat.presence_penalty or 0.0,
+        logit_bias=bias,
+        form=form,
     ) for index in range(chat.n or 1)]  # fmt: skip
 
 
@@ -102,9 +119,11 @@ def generation_requests(chat: ChatRequest) -> list[GenerationRequest]:
 async def create_chat_completion(request: Request, chat: ChatRequest) -> Any:
     check_combinations(chat)
     await run_in_threadpool(find_model, request.app.state.models, chat.model)
-    await request.app.state.generating.reserve(request, chat.n or 1)
-    answer = Answer(request, generation_requests(chat))
-    head = {"id": new_id("chatcmpl-"), "created": now(), "model": chat.model, "system_fingerprint": "fp_local"}
+    asked = await run_in_threadpool(generation_requests, chat)  # a large schema takes its time
+    await request.app.state.generating.reserve(request, len(asked))
+    answer = Answer(request, asked)
+    head = {"id": new_id("chatcmpl-"), "created": now(), "model": chat.model, "system_fingerprint": "fp_local",
+            **chat.served()}  # fmt: skip
     try:
         if not chat.stream:
             return await complete(request, chat, answer, head)

@@ -3,22 +3,26 @@
 from __future__ import annotations
 
 import queue
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
 
 class EngineError(Exception):
-    """A request that cannot be answered; `code` is the API's error code."""
+    """A request that cannot be answered; `code` is the API's error code, `param` what is at fault if not the prompt."""
 
-    def __init__(self, message: str, code: str = "server_error"):
+    def __init__(self, message: str, code: str = "server_error", param: str | None = None):
         super().__init__(message)
-        self.code = code
+        self.code, self.param = code, param
 
 
 @dataclass(frozen=True)
 class GenerationRequest:
-    """One answer asked for. `max_tokens` None: as long as the model's context allows. `top_logprobs`: 0 to 20."""
+    """One answer asked for. `max_tokens` None: as long as the model's context allows. `top_logprobs`: 0 to 20.
+
+    logit_bias: what is added to the logits of tokens, by their ids in the model's own vocabulary.
+    form: the grammar that the answer keeps to (forms.py).
+    """
 
     model: str
     messages: list[dict]
@@ -29,6 +33,10 @@ class GenerationRequest:
     seed: int | None = None
     logprobs: bool = False
     top_logprobs: int = 0
+    frequency_penalty: float = 0.0
+    presence_penalty: float = 0.0
+    logit_bias: Mapping[int, float] = field(default_factory=dict)
+    form: str | None = None
 
 
 class Piece(NamedTuple):

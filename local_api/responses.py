@@ -10,15 +10,20 @@ from fastapi.responses import JSONResponse, StreamingResponse
 from openai.types.responses import Response
 from pydantic import BeforeValidator, Field
 
-from local_api.answers import Answer, AnswerParameters, as_api_error, joined_text
+from local_api.answers import TEXT_ALONE, Answer, AnswerParameters, as_api_error, joined_text
 from local_api.chat import MAX_MESSAGES
-from local_api.errors import error_response
+from local_api.errors import APIError, error_response
+from local_api.forms import TextFormat
 from local_api.generation import GenerationRequest
 from local_api.models import find_model
 from local_api.shapes import Parameters, Router
 from local_api.store import Document, new_id, now
 
 router = Router(prefix="/v1/responses", tags=["Responses"])
+KEEPS_NOTHING = (
+    "This server keeps no responses: send the whole conversation as 'input', with 'store': false, or ask "
+    "/v1/chat/completions."
+)
 
 
 class Item(Parameters):
@@ -32,20 +37,37 @@ class Item(Parameters):
 
 
 def as_items(sent: Any) -> Any:
-    return [{"role": "user", "content": sent}] if isinstance(sent, str) else sent
+    if isinstance(sent, str):
+        return [{"role": "user", "content": sent}]
+    for number, item in enumerate(sent if isinstance(sent, list) else ()):
+        kind = item.get("type", "message") if isinstance(item, dict) else "message"
+        if kind != "message":
+            why = KEEPS_NOTHING if kind == "item_reference" else TEXT_ALONE
+            raise APIError(400, f"Unsupported value: 'input[{number}]' is no message, but '{kind}'. {why}",
+                           param=f"input[{number}].type", code="unsupported_value")  # fmt: skip
+    return sent
+
+
+class Text(Parameters):
+    format: TextFormat | None = None
+    verbosity: Literal["medium"] | None = None
 
 
 class ResponseRequest(AnswerParameters):
     harmless_values: ClassVar = {
         "background": (False,), "conversation": (), "include": ([],), "max_tool_calls": (), "moderation": (),
         "previous_response_id": (), "prompt": (), "reasoning": ({}, {"effort": "none"}), "store": (False,),
-        "text": ({}, {"format": {"type": "text"}}), "tool_choice": ("auto", "none"), "tools": ([],),
-        "top_logprobs": (0,), "truncation": ("disabled",),
+        "tool_choice": ("auto", "none"), "tools": ([],), "top_logprobs": (0,), "truncation": ("disabled",),
+    }  # fmt: skip
+    instead: ClassVar = {
+        "background": KEEPS_NOTHING, "conversation": KEEPS_NOTHING, "previous_response_id": KEEPS_NOTHING,
+        "store": KEEPS_NOTHING, "tool_choice": TEXT_ALONE, "tools": TEXT_ALONE,
     }  # fmt: skip
 
     input: Annotated[list[Item], BeforeValidator(as_items), Field(min_length=1, max_length=MAX_MESSAGES)]
     instructions: str | None = None
     max_output_tokens: Annotated[int | None, Field(ge=1)] = None
+    text: Text | None = None
     stream_options: Any = None
 
 
@@ -53,7 +75,8 @@ def generation_request(asked: ResponseRequest) -> GenerationRequest:
     messages = [{"role": item.role, "content": item.content} for item in asked.input]
     if asked.instructions:
         messages.insert(0, {"role": "system", "content": asked.instructions})
-    return GenerationRequest(asked.model, messages, max_tokens=asked.max_output_tokens, **asked.sampling())
+    form = asked.text.format.grammar() if asked.text and asked.text.format else None
+    return GenerationRequest(asked.model, messages, max_tokens=asked.max_output_tokens, **asked.sampling(), form=form)
 
 
 class Progress:
@@ -63,6 +86,8 @@ class Progress:
         self.asked, self.answer = asked, answer
         self.id, self.item_id, self.created_at = new_id("resp_"), new_id("msg_"), now()
         self.text, self.finish_reason = "", None
+        form = asked.text.format if asked.text else None
+        self.format = form.model_dump(by_alias=True, exclude_none=True) if form else {"type": "text"}
 
     def add(self, piece: Any) -> None:
         self.text += piece.text
@@ -94,10 +119,11 @@ class Progress:
             "parallel_tool_calls": True,
             "previous_response_id": None,
             "store": False,
-            "text": {"format": {"type": "text"}},
+            "text": {"format": self.format},
             "tool_choice": "auto",
             "tools": [],
             **self.asked.sampling(),
+            **self.asked.served(),
             "truncation": "disabled",
             "metadata": self.asked.metadata or {},
             "usage": {
@@ -113,8 +139,9 @@ class Progress:
 @router.post("", response_model=Response)
 async def create_response(request: Request, asked: ResponseRequest) -> Any:
     await run_in_threadpool(find_model, request.app.state.models, asked.model)
+    wanted = await run_in_threadpool(generation_request, asked)
     await request.app.state.generating.reserve(request, 1)
-    answer = Answer(request, [generation_request(asked)])
+    answer = Answer(request, [wanted])
     progress, pieces = Progress(asked, answer), answer.pieces()
     try:
         _, first = await anext(pieces)  # what fails before the first word is still answered with an HTTP status

@@ -311,13 +311,12 @@ def test_a_seed_makes_sampling_repeatable(engine):
 def test_tokens_are_drawn_as_often_as_they_are_likely():
     import torch
 
-    from local_api.batch import Row
-    from local_api.generation import Generation
+    from local_api.sampling import Sampler
 
     logits = 2 * torch.randn(1000, generator=torch.Generator().manual_seed(0))
     for temperature, top_p in ((1.0, 1.0), (1.0, 0.9), (2.0, 0.99), (0.5, 0.0), (1e-30, 1.0)):
-        row = Row(Generation(request(temperature=temperature, top_p=top_p, seed=1)), [], 1)
-        drawn = torch.bincount(torch.tensor([row.draw(logits) for _ in range(4000)]), minlength=1000) / 4000
+        sampler = Sampler(request(temperature=temperature, top_p=top_p, seed=1))
+        drawn = torch.bincount(torch.tensor([sampler.draw(logits) for _ in range(4000)]), minlength=1000) / 4000
         likely, tokens = torch.softmax(logits / max(temperature, 0.01), -1).sort(descending=True)
         likely[likely.cumsum(0) - likely > top_p] = 0
         expected = torch.zeros(1000).scatter(0, tokens, likely / likely.sum())
