@@ -53,6 +53,12 @@ def build_parser() -> argparse.ArgumentParser:
                              "another, for instance gpt-4o-mini-2024-07-18=smollm2-135m-instruct; may be given several "
                              f"times (default: {base_models.DEFAULT_BASE_MODEL})")  # fmt: skip
     parser.add_argument("--api-key", metavar="KEY", help="the key that clients must send (better: set LOCAL_API_KEY)")
+    parser.add_argument("--allow-host", action="append", default=[], metavar="NAME",
+                        help="a name beside localhost by which clients call this server, for instance "
+                             "host.docker.internal; may be given several times")  # fmt: skip
+    parser.add_argument("--allow-origin", action="append", default=[], metavar="ORIGIN",
+                        help="the origin of a web page or desktop app that may use this server, for instance "
+                             "http://localhost:3000; may be given several times")  # fmt: skip
     parser.add_argument("--max-memory", type=memory_size, metavar="SIZE",
                         help="what loaded models may take together, for instance 3GB; those unused for longest are "
                              "dropped (default: half of the machine's memory, 80%% of a GPU's)")  # fmt: skip
@@ -138,11 +144,12 @@ def serve(args: argparse.Namespace, listener: socket.socket) -> None:
     """Serve until SIGTERM or Ctrl-C."""
     trainer = [*args.launcher, "-m", "local_api.train"] if args.launcher else TRAINER_COMMAND
     settings = Settings(args.data_dir, args.cache_dir, args.base_model or (base_models.DEFAULT_BASE_MODEL,), args.host,
-                        args.api_key, args.max_memory)  # fmt: skip
+                        args.api_key, args.max_memory, args.allow_host, args.allow_origin)  # fmt: skip
     app = create_app(settings, trainer_command=trainer)
     host = f"[{args.host}]" if ":" in args.host else args.host
     ready = (
         f"Local API ready: http://{host}:{listener.getsockname()[1]}/v1\n"
+        f"  web page      http://{host}:{listener.getsockname()[1]}/\n"
         f"  base models   {', '.join(app.state.models.base_ids)}\n"
         f"  data          {args.data_dir.resolve()}\n"
         f"  stop          Ctrl-C; files, jobs and models stay, a running job goes on at the next start"

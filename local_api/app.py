@@ -15,6 +15,7 @@ from urllib.parse import urlsplit
 
 from fastapi import FastAPI
 from starlette.datastructures import Headers
+from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from local_api import answers, base_models, chat, errors, files, jobs, models, page, responses, uploads
@@ -37,6 +38,8 @@ class Settings:
     host: str = "127.0.0.1"
     api_key: str | None = field(default=None, repr=False)
     max_memory: int | None = None  # bytes that loaded models may take; default: half of the machine's memory
+    allow_hosts: Sequence[str] = ()  # names beside LOOPBACK by which clients may call this server
+    allow_origins: Sequence[str] = ()  # of web pages and desktop apps that may use it, for instance app://obsidian.md
 
 
 def create_app(settings: Settings, *, engine: Any = None, trainer_command: Sequence[str] = TRAINER_COMMAND) -> FastAPI:
@@ -95,7 +98,9 @@ class Guard:
     def __init__(self, app: ASGIApp, settings: Settings):
         self.app = app
         self.key = settings.api_key
-        self.hosts = {*LOOPBACK, settings.host} if settings.host in LOOPBACK else None  # None: any, with the key
+        local = settings.host in LOOPBACK  # otherwise any name is right, with the key
+        self.hosts = {*LOOPBACK, *settings.allow_hosts} if local else None
+        self.origins = settings.allow_origins
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -117,14 +122,18 @@ class Guard:
         async def send_with_id(message: Message) -> None:
             nonlocal status
             if message["type"] == "http.response.start":
+                message["headers"] = [*message["headers"], *allowed]
                 status = message["status"]
                 milliseconds = f"{(time.monotonic() - started) * 1000:.0f}".encode()
                 message["headers"] = [*message["headers"], (b"x-request-id", request_id.encode()),
                                       (b"openai-processing-ms", milliseconds)]  # fmt: skip
             await send(message)
 
+        allowed = self.cross_origin(headers)
         try:
             self.check(scope, headers, limit)
+            if scope["method"] == "OPTIONS" and allowed:
+                return await Response(status_code=204)(scope, receive, send_with_id)
             await self.app(scope, receive_within_limit, send_with_id)
         except Exception as error:
             if not isinstance(error, APIError):
@@ -144,18 +153,34 @@ class Guard:
         """Raise the APIError with which this request is refused, if it is."""
         host = headers.get("host", "")
         if self.hosts is not None and hostname(f"//{host}") not in self.hosts:
-            raise APIError(403, f"This server does not answer to the host name '{host}'.", code="forbidden_host")
+            raise APIError(403, f"This server does not answer to the host name '{host}' (--allow-host).",
+                           code="forbidden_host")  # fmt: skip
         origin = headers.get("origin")
+        if origin is not None and origin in self.origins:
+            origin = None
         foreign = origin is not None and urlsplit(origin).netloc != host
         # A link to the page, as in README on another site, may be followed; it shows nothing to the site it is on.
         followed = scope["path"] == "/" and headers.get("sec-fetch-dest") == "document"
-        if foreign or (headers.get("sec-fetch-site", "none") not in ("none", "same-origin") and not followed):
-            raise APIError(403, "This server does not answer web pages of other origins.", code="forbidden_origin")
-        if self.key is not None and scope["path"] not in ("/healthz", *page.FILES):
+        elsewhere = headers.get("sec-fetch-site", "none") not in ("none", "same-origin")
+        if foreign or (elsewhere and not followed and headers.get("origin") not in self.origins):
+            sentence = "This server does not answer web pages of other origins (--allow-origin)."
+            raise APIError(403, sentence, code="forbidden_origin")
+        if self.key is not None and scope["method"] != "OPTIONS" and scope["path"] not in ("/healthz", *page.FILES):
             self.check_key(headers.get("authorization", ""))
         length = headers.get("content-length", "0")
         if length.isdigit() and int(length) > limit:
             raise too_large(limit)
+
+    def cross_origin(self, headers: Headers) -> list[tuple[bytes, bytes]]:
+        """Return the headers with which a browser lets a page of an allowed origin read the answer."""
+        origin = headers.get("origin")
+        if origin is None or origin not in self.origins:
+            return []
+        asked = headers.get("access-control-request-headers", "")
+        return [(b"access-control-allow-origin", origin.encode("latin-1")), (b"vary", b"Origin"),
+                (b"access-control-allow-methods", b"GET, POST, DELETE"),
+                (b"access-control-allow-headers", asked.encode("latin-1")),
+                (b"access-control-expose-headers", b"x-request-id, retry-after")]  # fmt: skip
 
     def check_key(self, authorization: str) -> None:
         scheme, _, key = authorization.partition(" ")

@@ -86,6 +86,8 @@ def parameter_name(location: tuple[int | str, ...]) -> str | None:
     """("body", "messages", 0, "content") -> "messages[0].content"."""
     name = ""
     for part in location[1:]:
+        if part == "[key]":  # of a table: its name stands before
+            continue
         name += f"[{part}]" if isinstance(part, int) else f".{part}" if name else str(part)
     return name or None
 
@@ -112,6 +114,21 @@ def invalid_parameter(problem: dict[str, Any]) -> APIError:
     return APIError(400, f"Invalid value for '{param}': {reason}.", param=param, code=code)
 
 
+# Part of a path that this server does not have, though others do: what to do instead. The first one counts.
+LEFT_OUT = {
+    "/openai/deployments": "This server has no Azure paths: use the plain OpenAI client, base URL ending in /v1.",
+    "/batches": "This server has no batches: send the requests to /v1/chat/completions, as many at once as you like.",
+    "/v1/completions": "This server has chat models alone: use /v1/chat/completions.",
+    "/embeddings": "This server has no embedding models.",
+    "/assistants": "This server has no assistants: use /v1/chat/completions.",
+    "/responses/": "This server keeps no responses: each is sent once, in answer to POST /v1/responses.",
+    "/chat/completions/": "This server keeps no answers: each is sent once, in answer to POST /v1/chat/completions.",
+    "/v1/v1/": "The base URL ends in /v1 once.",
+    "/v1/": "",
+    "/": "The base URL must end in /v1.",
+}
+
+
 def install(app: FastAPI) -> None:
     """Give every error of this app the API's shape."""
 
@@ -123,8 +140,9 @@ def install(app: FastAPI) -> None:
     async def refuse(request: Request, error: HTTPException) -> JSONResponse:
         if not isinstance(error, APIError):
             where = f"{request.method} {request.url.path}"
+            hint = next((hint for part, hint in LEFT_OUT.items() if part in request.url.path), "")
             sentence = {
-                404: f"Invalid URL ({where})",
+                404: f"Invalid URL ({where}) {hint}".strip(),
                 405: f"Not allowed: {where}",
             }.get(error.status_code, str(error.detail))
             error = APIError(error.status_code, sentence, headers=error.headers)

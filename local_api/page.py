@@ -8,8 +8,8 @@ from elsewhere, to run no script but static/'s, and to refuse any text as markup
 from collections.abc import Callable
 from pathlib import Path
 
-from fastapi import FastAPI
-from fastapi.responses import FileResponse
+from fastapi import FastAPI, Request, Response
+from fastapi.responses import FileResponse, HTMLResponse, JSONResponse
 
 FOLDER = Path(__file__).parent / "static"  # beside this module, wherever the server is started
 # All that is served: no path from a client reaches the file system.
@@ -38,7 +38,24 @@ HEADERS = {
 }
 
 
+WELCOME = """<!doctype html><meta charset="utf-8"><title>Local API</title>
+<p>This is the base URL of a local API that speaks OpenAI's: give it to a client as OPENAI_BASE_URL.
+<p>For people there is <a href="/">the web page</a>: jobs, models, files and a playground.
+"""
+
+
+def say_what_it_is(request: Request) -> Response:
+    """/v1, where nothing is: typed into a browser, or asked by a client whether somebody is there."""
+    if "text/html" in request.headers.get("accept", ""):
+        return HTMLResponse(WELCOME, headers=HEADERS)
+    return JSONResponse(
+        {"object": "local_api", "page": f"{request.base_url}", "models": f"{request.base_url}v1/models"}
+    )
+
+
 def add_routes(app: FastAPI) -> None:
+    for path in ("/v1", "/v1/"):
+        app.add_api_route(path, say_what_it_is, methods=["GET"], include_in_schema=False)
     for path, name in FILES.items():
         app.add_api_route(path, serve(FOLDER / name), methods=["GET", "HEAD"], include_in_schema=False)
 

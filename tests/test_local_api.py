@@ -609,13 +609,16 @@ USER = {"role": "user", "content": "hi"}
     ({"top_logprobs": 3}, 400, "top_logprobs", "invalid_parameter_combination"),
     ({"logprobs": True, "top_logprobs": 21}, 400, "top_logprobs", "invalid_value"),
     ({"stream_options": {"include_usage": True}}, 400, "stream_options", "invalid_parameter_combination"),
-    ({"response_format": {"type": "json_object"}}, 400, "response_format", "unsupported_value"),
+    ({"response_format": {"type": "xml"}}, 400, "response_format.type", "invalid_value"),
+    ({"response_format": {"type": "json_schema", "json_schema": {"name": "a b"}}}, 400,
+     "response_format.json_schema.name", "invalid_value"),
     ({"tools": [{"type": "function", "function": {"name": "f"}}]}, 400, "tools", "unsupported_parameter"),
-    ({"logit_bias": {"1": 5}}, 400, "logit_bias", "unsupported_parameter"),
-    ({"frequency_penalty": 0.5}, 400, "frequency_penalty", "unsupported_value"),
-    ({"presence_penalty": False}, 400, "presence_penalty", "unsupported_value"),
+    ({"logit_bias": {"hello": 5}}, 400, "logit_bias.hello", "invalid_value"),
+    ({"logit_bias": {"1": 101}}, 400, "logit_bias.1", "invalid_value"),
+    ({"frequency_penalty": 2.5}, 400, "frequency_penalty", "invalid_value"),
+    ({"presence_penalty": False}, 400, "presence_penalty", "invalid_type"),
     ({"modalities": ["text", "audio"]}, 400, "modalities", "unsupported_value"),
-    ({"reasoning_effort": "high"}, 400, "reasoning_effort", "unsupported_value"),
+    ({"reasoning_effort": "high"}, 400, "reasoning_effort", "unsupported_parameter"),
     ({"store": True}, 400, "store", "unsupported_value"),
     ({"best_of": 2}, 400, "best_of", "unknown_parameter"),
 ])  # fmt: skip
@@ -648,7 +651,25 @@ def test_values_that_change_nothing_are_accepted(client):
     answer = ask(client, "hello", frequency_penalty=0, presence_penalty=0.0, logit_bias={}, modalities=["text"], n=1,
                  response_format={"type": "text"}, store=False, tools=[], tool_choice="none", metadata={"a": "b"},
                  service_tier="auto", stream=False, logprobs=False)  # fmt: skip
-    assert answer.choices[0].message.content == "You said: hello "
+    assert answer.choices[0].message.content == "You said: hello " and answer.service_tier == "default"
+    tools = [{"type": "function", "function": {"name": "f"}}]
+    assert ask(client, "hello", tools=tools, tool_choice="none").choices[0].message.tool_calls is None
+
+
+def test_penalties_and_biases_reach_the_engine(client, server):
+    ask(client, "hello", frequency_penalty=0.5, presence_penalty=-2, logit_bias={"17": -100, "3": 1.5})
+    sent = server[1].state.engine.requests[-1]
+    assert (sent.frequency_penalty, sent.presence_penalty, sent.logit_bias) == (0.5, -2.0, {17: -100.0, 3: 1.5})
+
+
+def test_what_is_left_out_says_what_to_do_instead(client):
+    tools = [{"type": "function", "function": {"name": "f"}}]
+    said = refusal(lambda: ask(client, "hi", tools=tools), 400, "tools", "unsupported_parameter")
+    assert said.endswith("It answers with text alone: leave tools out, or send 'tool_choice': 'none'.")
+    for wrong in ({"store": True}, {"previous_response_id": "resp_1"}, {"conversation": "conv_1"},
+                  {"input": [{"type": "item_reference", "id": "msg_1"}]}):  # fmt: skip
+        with pytest.raises(openai.BadRequestError, match=r"keeps no responses.*'store': false, or ask /v1/chat/compl"):
+            client.responses.create(model="tiny-base", **{"input": "hi", **wrong})
 
 
 # Responses
@@ -689,11 +710,12 @@ def test_a_streamed_response(client, http):
     ({"input": "too long"}, 400, "input", "context_length_exceeded"),
     ({"input": []}, 400, "input", "invalid_value"),
     ({"input": [{"role": "user", "content": [{"type": "input_image"}]}]}, 400, "input[0].content", "invalid_value"),
-    ({"input": [{"type": "function_call", "role": "user", "content": "x"}]}, 400, "input[0].type", "invalid_value"),
+    ({"input": [USER, {"type": "function_call", "call_id": "1"}]}, 400, "input[1].type", "unsupported_value"),
+    ({"input": [{"type": "item_reference", "id": "msg_1"}]}, 400, "input[0].type", "unsupported_value"),
     ({"previous_response_id": "resp_1"}, 400, "previous_response_id", "unsupported_parameter"),
     ({"tools": [{"type": "web_search"}]}, 400, "tools", "unsupported_parameter"),
     ({"store": True}, 400, "store", "unsupported_value"),
-    ({"text": {"format": {"type": "json_object"}}}, 400, "text", "unsupported_value"),
+    ({"text": {"format": {"type": "xml"}}}, 400, "text.format.type", "invalid_value"),
     ({"unknown": 1}, 400, "unknown", "unknown_parameter"),
 ])  # fmt: skip
 def test_wrong_response_parameters_are_refused(client, changes, status, param, code):
@@ -713,6 +735,24 @@ def test_errors_outside_the_routes_have_the_same_shape(http):
         assert answer.status_code == status
         assert conforms(answer.json(), "ErrorResponse")["error"]["type"] == "invalid_request_error"
         assert answer.headers["x-request-id"].startswith("req_")
+
+
+@pytest.mark.parametrize("path, hint", [
+    ("/openai/deployments/x/chat/completions", "no Azure paths"), ("/v1/batches", "no batches"),
+    ("/v1/completions", "use /v1/chat/completions"), ("/v1/embeddings", "no embedding models"),
+    ("/v1/responses/resp_1", "keeps no responses"), ("/chat/completions", "must end in /v1"),
+    ("/v1/v1/chat/completions", "ends in /v1 once"),
+])  # fmt: skip
+def test_what_is_not_there_says_what_to_do_instead(http, path, hint):
+    answer = http.post(path, json={})
+    assert answer.status_code == 404 and hint in answer.json()["error"]["message"]
+
+
+def test_the_base_url_says_what_it_is(http, server):
+    for path in ("/v1", "/v1/"):
+        assert http.get(path).json()["page"] == f"{server[0]}/"
+        shown = http.get(path, headers={"Accept": "text/html,*/*"})
+        assert shown.headers["content-type"].startswith("text/html") and '<a href="/">the web page</a>' in shown.text
 
 
 def test_healthz_needs_no_key_and_no_store(http):

@@ -60,6 +60,28 @@ def test_a_browser_is_not_asked_to_send_anything(server):
     assert httpx2.options(f"{server[0]}/v1/files", headers=preflight).status_code == 403
 
 
+def test_a_host_and_an_origin_may_be_let_in_by_name(tmp_path):
+    origin, page = "http://localhost:3000", {"Origin": "http://localhost:3000", "Sec-Fetch-Site": "cross-site"}
+    allowed = {"allow_hosts": ["host.docker.internal"], "allow_origins": [origin, "app://desktop"]}
+    with running(tmp_path / "data", api_key="s3cret", **allowed) as (url, _):
+        key = {"Authorization": "Bearer s3cret"}
+        models = f"{url}/v1/models"
+        assert httpx2.get(models, headers={**key, "Host": "host.docker.internal:8321"}).status_code == 200
+        assert httpx2.get(models, headers={**key, "Host": "docker.internal"}).status_code == 403
+        answer = httpx2.get(models, headers={**key, **page})
+        assert answer.status_code == 200 and answer.headers["access-control-allow-origin"] == origin
+        refused = httpx2.get(models, headers=page)  # it is let in, and still has to know the key
+        assert refused.status_code == 401 and refused.headers["access-control-allow-origin"] == origin
+        preflight = {**page, "Access-Control-Request-Method": "POST", "Access-Control-Request-Headers": "authorization"}
+        answer = httpx2.options(f"{url}/v1/chat/completions", headers=preflight)
+        assert answer.status_code == 204 and answer.headers["access-control-allow-headers"] == "authorization"
+        for other in ("http://localhost:3001", "http://localhost:3000.evil.example", "null"):
+            answer = httpx2.get(models, headers={**key, **page, "Origin": other})
+            assert answer.status_code == 403 and "access-control-allow-origin" not in answer.headers
+        assert httpx2.get(models, headers={**key, "Sec-Fetch-Site": "cross-site"}).status_code == 403
+        assert httpx2.get(models, headers={**key, "Origin": "app://desktop"}).status_code == 200
+
+
 @pytest.mark.parametrize("authorization, code", [
     (None, None), ("", None), ("Bearer wrong", "invalid_api_key"), ("Bearer s3cret", "invalid_api_key"),
     ("Basic s3cret-ü", "invalid_api_key"), ("Bearer", None),
