@@ -63,8 +63,11 @@ def build_parser() -> argparse.ArgumentParser:
                         help="what loaded models may take together, for instance 3GB; those unused for longest are "
                              "dropped (default: half of the machine's memory, 80%% of a GPU's)")  # fmt: skip
     parser.add_argument("--launcher", type=command_words, metavar="COMMAND",
-                        help="what starts the trainer, for instance 'accelerate launch --config_file multi_gpu.yaml' "
-                             "(default: this Python)")  # fmt: skip
+                        help="what starts the trainer on several GPUs or machines, for instance 'accelerate launch "
+                             "--config_file examples/scaling/several_gpus.yaml' (default: this Python)")  # fmt: skip
+    parser.add_argument("--load-in-4bit", action="store_true",
+                        help="train on base models in 4 bits, for large ones on a small GPU (CUDA, "
+                             "bitsandbytes)")  # fmt: skip
     parser.add_argument("--check", metavar="FILE", help="judge a training file and exit, with no server")
     return parser
 
@@ -102,6 +105,8 @@ def main(argv: list[str] | None = None) -> int:
             return refuse(f"--base-model {name}: there is no such directory.")
     if args.launcher and not shutil.which(args.launcher[0]):
         return refuse(f"--launcher {args.launcher[0]}: there is no such command.")
+    if args.load_in_4bit and not args.launcher and (lack := base_models.lack_for_4bit()):
+        return refuse(lack)  # with a launcher, the GPU may be another machine's
     args.cache_dir = (args.cache_dir or args.data_dir / "cache").resolve()
     lock = FileLock(args.data_dir / "server.lock")
     try:
@@ -142,7 +147,10 @@ def listen(host: str, port: int) -> socket.socket:
 
 def serve(args: argparse.Namespace, listener: socket.socket) -> None:
     """Serve until SIGTERM or Ctrl-C."""
-    trainer = [*args.launcher, "-m", "local_api.train"] if args.launcher else TRAINER_COMMAND
+    trainer = list(TRAINER_COMMAND)
+    if args.launcher or args.load_in_4bit:
+        options = ["--load-in-4bit"] if args.load_in_4bit else []
+        trainer = [*(args.launcher or [sys.executable]), "-m", "local_api.train_distributed", *options]
     settings = Settings(args.data_dir, args.cache_dir, args.base_model or (base_models.DEFAULT_BASE_MODEL,), args.host,
                         args.api_key, args.max_memory, args.allow_host, args.allow_origin)  # fmt: skip
     app = create_app(settings, trainer_command=trainer)

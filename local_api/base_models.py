@@ -178,6 +178,19 @@ def best_dtype(device: str) -> Any:
     return torch.bfloat16 if native else torch.float32
 
 
+def lack_for_4bit() -> str | None:
+    """Return a sentence that says what --load-in-4bit lacks on this machine, or None."""
+    import importlib.util
+
+    import torch
+
+    if not torch.cuda.is_available():
+        return "--load-in-4bit needs a CUDA GPU, and this machine has none; start without it."
+    if importlib.util.find_spec("bitsandbytes") is None:
+        return "--load-in-4bit needs bitsandbytes: python -m pip install -r local_api/requirements-gpu.txt"
+    return None
+
+
 @lru_cache
 def weight_bytes(model_dir: Path) -> int:
     """Return how much memory a model's weights take once they are loaded in this machine's precision."""

@@ -26,8 +26,9 @@ import signal
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from . import base_models
 from .encoding import Encoded, read_examples
@@ -76,6 +77,33 @@ def auto_epochs(examples: int) -> int:
     return 3 if examples * 3 <= 25_000 else max(1, 25_000 // examples)
 
 
+class Plan(NamedTuple):
+    """What a job comes to, once its files are read."""
+
+    examples: list[Encoded]
+    validation: list[Encoded]
+    settings: dict  # n_epochs, batch_size, learning_rate_multiplier: numbers
+    steps_per_epoch: int
+    total_steps: int
+    learning_rate: float
+    trained_tokens: int
+
+
+def make_plan(job: dict, model: Any, tokenizer: Any, journal: Journal) -> Plan:
+    """Read the job's files and settle its settings; the journal gets them, and what is to be said of the rows."""
+    limit = min(MAX_TOKENS_PER_EXAMPLE, getattr(model.config, "max_position_embeddings", MAX_TOKENS_PER_EXAMPLE))
+    examples = read_examples(job["training_file"], tokenizer, limit, "training_file", journal.warn)
+    path = job.get("validation_file")
+    validation = read_examples(path, tokenizer, limit, "validation_file", journal.warn) if path else []
+    settings = resolve(job["hyperparameters"], len(examples))
+    journal.write(type="update", hyperparameters=settings)
+    steps_per_epoch = math.ceil(len(examples) / settings["batch_size"])
+    total_steps = settings["n_epochs"] * steps_per_epoch
+    rate = BASE_LEARNING_RATE * settings["learning_rate_multiplier"]
+    tokens = settings["n_epochs"] * sum(len(example.ids) for example in examples)
+    return Plan(examples, validation, settings, steps_per_epoch, total_steps, rate, tokens)
+
+
 # --- what it leaves behind ---
 
 
@@ -112,7 +140,8 @@ class Journal:
 
 def write_file(target: Path, fill: Callable[[Path], Any]) -> None:
     """Let `fill(path)` write a file and put it in place of `target` at once: never half of it, never none."""
-    scratch = target.with_name(f".{target.name}.new")
+    process = os.environ.get("RANK", "0")  # of several that train one job, each may have the same to say
+    scratch = target.with_name(f".{target.name}.{process}.new")
     fill(scratch)
     with open(scratch, "rb+") as file:
         os.fsync(file.fileno())
@@ -183,26 +212,18 @@ def train(job_dir: Path, stop: dict) -> dict | None:
     journal = Journal(job_dir / "events.jsonl")
     torch.manual_seed(job["seed"])
     model, tokenizer = base_models.load(Path(job["model_dir"]))
-    limit = min(MAX_TOKENS_PER_EXAMPLE, getattr(model.config, "max_position_embeddings", MAX_TOKENS_PER_EXAMPLE))
-    examples = read_examples(job["training_file"], tokenizer, limit, "training_file", journal.warn)
-    path = job.get("validation_file")
-    validation = read_examples(path, tokenizer, limit, "validation_file", journal.warn) if path else []
-    settings = resolve(job["hyperparameters"], len(examples))
-    epochs, batch_size = settings["n_epochs"], settings["batch_size"]
-    steps_per_epoch = math.ceil(len(examples) / batch_size)
-    total_steps = epochs * steps_per_epoch
-    journal.write(type="update", hyperparameters=settings)
+    plan = make_plan(job, model, tokenizer, journal)
+    examples, total_steps, steps_per_epoch = plan.examples, plan.total_steps, plan.steps_per_epoch
 
-    longest = max(len(row.ids) for row in examples + validation)
+    longest = max(len(row.ids) for row in examples + plan.validation)
     choose_attention(model, longest)
     model = add_lora(model, job.get("adapter"), job["base_model"])
     quicken(model, longest)
-    optimizer = Optimizer(model, BASE_LEARNING_RATE * settings["learning_rate_multiplier"], total_steps)
+    optimizer = Optimizer(model, plan.learning_rate, total_steps)
     rows = load_resume_state(job_dir, optimizer)
     done = len(rows)
     if done:
         journal.write(level="info", type="message", message=f"Training goes on from step {done}.", data=None)
-    look_every = max(1, steps_per_epoch // VALIDATIONS_PER_EPOCH)
     started = saved_at = time.monotonic()
     reported_at = -math.inf
     batches: list[list[Encoded]] = []
@@ -210,15 +231,14 @@ def train(job_dir: Path, stop: dict) -> dict | None:
     for step in range(done + 1, total_steps + 1):
         epoch, index = divmod(step - 1, steps_per_epoch)
         if index == 0 or not batches:
-            batches = epoch_batches(examples, batch_size, job["seed"], epoch)
+            batches = epoch_batches(examples, plan.settings["batch_size"], job["seed"], epoch)
         loss, accuracy = train_step(model, optimizer, batches[index])
         if not math.isfinite(loss):
             sentence = f"The training loss is no number at step {step}; choose a lower learning_rate_multiplier."
             raise JobFailed("training_diverged", sentence, "learning_rate_multiplier")
         figures = {"train_loss": loss, "train_mean_token_accuracy": accuracy}
         epoch_ends = index + 1 == steps_per_epoch
-        if validation and (epoch_ends or step % look_every == 0):
-            figures |= validation_figures(model, validation, step * batch_size, batch_size, epoch_ends)
+        figures |= validation_figures(partial(mean_losses, model), plan, step)
         rows.append({"step": step, **{name: round(figure, 5) for name, figure in figures.items()}})
 
         now, stop_asked = time.monotonic(), stop["asked"]
@@ -237,16 +257,20 @@ def train(job_dir: Path, stop: dict) -> dict | None:
 
     write_adapter(job_dir / "adapter", model)
     write_results(job_dir / "result.csv", rows)
-    return {"status": "succeeded", "trained_tokens": epochs * sum(len(example.ids) for example in examples)}
+    return {"status": "succeeded", "trained_tokens": plan.trained_tokens}
 
 
-def validation_figures(model: Any, validation: list[Encoded], start: int, batch_size: int, whole: bool) -> dict:
+def validation_figures(mean_losses: Callable[[list[Encoded]], tuple[float, float]], plan: Plan, step: int) -> dict:
     """Return the loss of one batch of the validation file, another one each time, and after an epoch of all of it."""
-    start %= len(validation)
-    loss, accuracy = mean_losses(model, (validation + validation)[start : start + batch_size])
+    rows, size = plan.validation, plan.settings["batch_size"]
+    epoch_ends = step % plan.steps_per_epoch == 0
+    if not rows or not (epoch_ends or step % max(1, plan.steps_per_epoch // VALIDATIONS_PER_EPOCH) == 0):
+        return {}
+    start = step * size % len(rows)
+    loss, accuracy = mean_losses((rows + rows)[start : start + size])
     figures = {"valid_loss": loss, "valid_mean_token_accuracy": accuracy}
-    if whole:
-        loss, accuracy = mean_losses(model, validation)
+    if epoch_ends:
+        loss, accuracy = mean_losses(rows)
         figures |= {"full_valid_loss": loss, "full_valid_mean_token_accuracy": accuracy}
     return figures
 
@@ -257,18 +281,24 @@ def main(argv: list[str] | None = None) -> int:
         print("Usage: python -m local_api.train JOB_DIR   (a directory that holds job.json)", file=sys.stderr)
         return 2
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:  # what torchrun and accelerate tell each process
-        print("This trainer is one process; start it without a launcher of several.", file=sys.stderr)
+        print("This trainer is one process; several run local_api.train_distributed.", file=sys.stderr)
         return 2
     base_models.share_processor()
+    job_dir = Path(arguments[0])
+    return run_job(job_dir, lambda stop: train(job_dir, stop))
+
+
+def run_job(job_dir: Path, train: Callable[[dict], dict | None]) -> int:
+    """Run a trainer as a process of its own: `train(stop)` returns its outcome, or None. Return the exit code."""
     if hasattr(os, "nice"):
         os.nice(5)  # answers go before training
-    job_dir, stop = Path(arguments[0]), {"asked": False}
+    stop = {"asked": False}
     for name in ("SIGTERM", "SIGBREAK"):  # the second is how Windows asks
         if hasattr(signal, name):
             signal.signal(getattr(signal, name), lambda *_: stop.update(asked=True))
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C in the server's terminal reaches us too; the server decides
     try:
-        outcome = train(job_dir, stop)
+        outcome = train(stop)
     except Exception as error:
         outcome = {"status": "failed", "error": job_failed(error).error}
     if outcome is None:

@@ -317,12 +317,13 @@ def read_json(path: Path) -> Document:
 
 
 def last_line(path: Path) -> str:
-    """Return the last line of a log: where a Python program has said what ended it."""
+    """Return the last line of a log that says something: where a Python program has said what ended it."""
     try:
-        lines = path.read_text("utf-8", "replace").strip().splitlines()
+        lines = [line.strip() for line in path.read_text("utf-8", "replace").splitlines()]
     except OSError:
         lines = []
-    return lines[-1][:300] if lines else "it said nothing."
+    said = [line for line in lines if any(letter.isalpha() for letter in line)]  # a launcher rules off its last words
+    return said[-1].removeprefix("traceback : ")[:300] if said else "it said nothing."
 
 
 def stop_processes(processes: list[psutil.Process]) -> None:

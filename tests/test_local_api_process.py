@@ -188,10 +188,10 @@ def test_a_launcher_starts_the_trainer(tmp_path):
         f"import os, sys\nopen({str(seen)!r}, 'w').write(' '.join(sys.argv[1:]))\n"
         f"os.execv(sys.executable, [sys.executable, {str(tmp_path / 'trainer.py')!r}, sys.argv[-1]])\n"
     )
-    with server(tmp_path, "--launcher", f"{sys.executable} {launcher} --processes 2") as process:
+    with server(tmp_path, "--launcher", f"{sys.executable} {launcher} --processes 2", "--load-in-4bit") as process:
         job = wait_for(process.create_job("hello").id, process.client)
         directory = tmp_path / "data" / "jobs" / job.id
-        assert seen.read_text() == f"--processes 2 -m local_api.train {directory}"
+        assert seen.read_text() == f"--processes 2 -m local_api.train_distributed --load-in-4bit {directory}"
 
 
 @pytest.mark.slow
