@@ -7,7 +7,7 @@ Omits   waiting for the training (step 3); methods other than supervised fine-tu
 
     python fine_tune.py
     python fine_tune.py my_data.jsonl --suffix my-bot --n-epochs 3
-    python fine_tune.py --extra '{"trainingType": "GlobalStandard"}'    # what Azure asks for
+    python fine_tune.py --extra '{"hyperparameters": {"batch_size": 4}}'    # anything else
 
 The same command again, even after a kill, reports the job that exists: one job, never two.
 """
@@ -34,9 +34,9 @@ TRAINING_FILE = "training_data.jsonl"
 DEFAULT_MODEL = "gpt-4.1-mini-2025-04-14"  # the cheapest that OpenAI fine-tunes, until 2027-01-06
 MAX_COST = 5.00  # USD, by step 1's estimate
 FILE_WAIT = 60  # seconds; some servers never call a file processed, and train on it all the same
-REQUEST_TIMEOUT = 60  # seconds for the request that creates the job
-ORDER_WAIT = 120  # seconds after which an order that has made no job will make none any more
-DEAD = ("failed", "error", "user_error", "failed_validation", "cancelled", "canceled")
+REQUEST_TIMEOUT, ORDER_WAIT = 60, 120  # seconds: for an order; until one without a job is void
+DEAD = {"failed", "error", "user_error", "failed_validation"}  # on various servers, and:
+DEAD |= {"cancelled", "canceled", "terminated"}
 RECORD, ORDER = Path("fine_tune_job.json"), Path("fine_tune_order.json")
 
 
@@ -47,20 +47,20 @@ def connect(**options) -> openai.OpenAI:
     key, url = os.environ.get("OPENAI_API_KEY"), os.environ.get("OPENAI_BASE_URL")
     if not key and not url:
         sys.exit("No server is named: copy .env.example to .env, or set OPENAI_API_KEY (OpenAI).")
-    return openai.OpenAI(api_key=key or "not-needed", **options)
+    return openai.OpenAI(api_key=key or "-", base_url=url or "https://api.openai.com/v1", **options)
 
 
 def explain(error: Exception) -> str:
     """Return one sentence: what the server answered and the cure, without the key."""
-    server, key = os.environ.get("OPENAI_BASE_URL", "OpenAI"), os.environ.get("OPENAI_API_KEY", "")
+    host, key = os.environ.get("OPENAI_BASE_URL") or "OpenAI", os.environ.get("OPENAI_API_KEY", "")
     if isinstance(error, openai.APIConnectionError):
-        return f"No answer from {server}. Is it running? (Local API: python -m local_api)"
+        return f"No answer from {host}. Is it running? (Local API: python -m local_api)"
     said, code = str(error), getattr(error, "status_code", "nonsense")
     if isinstance(body := getattr(error, "body", None), dict):
         said = str(body.get("message"))
     said = said.replace(key, "[key]") if len(key) > 8 else said  # "local" is no secret
     cures: dict = {401: "check OPENAI_API_KEY", 404: "check name and URL", 429: "see your limits"}
-    return f"{server} answered {code}: {said} ({cures.get(code, 'mend that, or try again')})"
+    return f"{host} answered {code}: {said} ({cures.get(code, 'mend that, or try again')})"
 
 
 def read_job(name: str | None = None) -> dict:
@@ -82,28 +82,29 @@ def start_fine_tuning(training_file=TRAINING_FILE, max_cost=MAX_COST, force=Fals
     options: validation_file, model, suffix, n_epochs, seed, extra, as on the command line.
     Raises openai.APIError, OSError; SystemExit with a sentence for the reader.
     """
-    client, epochs = connect(), options.get("n_epochs")
+    client, extra = connect(), dict(options.get("extra") or {})
+    hyperparameters = extra.pop("hyperparameters", {})  # the server chooses what is left out
+    if options.get("n_epochs"):
+        hyperparameters["n_epochs"] = options["n_epochs"]
     validation_file = options.get("validation_file")
     validation = Path(validation_file).read_bytes() if validation_file else b""
     order: dict = {
         "server": str(client.base_url).rstrip("/"),
-        "model": options.get("model") or os.environ.get("FINE_TUNE_MODEL", DEFAULT_MODEL),
+        "model": options.get("model") or os.environ.get("FINE_TUNE_MODEL") or DEFAULT_MODEL,
         "sha256": hashlib.sha256(Path(training_file).read_bytes()).hexdigest(),
         "validation_sha256": hashlib.sha256(validation).hexdigest(),
         "suffix": options.get("suffix"),
         "seed": options.get("seed"),
-        # The server chooses what is left out. (OpenAI's newer place is `method`; others read this.)
-        "hyperparameters": {"n_epochs": epochs} if epochs else {},
-        "extra": options.get("extra"),
+        "hyperparameters": hyperparameters,  # OpenAI's newer place is `method`; all read this one
+        "extra": extra,
     }
     # Two runs with the same fingerprint want the same job.
     order["fingerprint"] = hashlib.sha256(json.dumps(order).encode()).hexdigest()
-    order |= {"training_file_path": training_file, "validation_file_path": validation_file}
-    order |= {"validation_file": None, "force": force}
+    order |= {"training_file_path": training_file, "force": force}
 
     job = unanswered_job(client, order) or (None if force else recorded_job(client, order))
     if job:
-        print("This job exists already: same bytes, options and server. (--force orders another.)")
+        print("This job exists already: same bytes, options, server. (--force orders another.)")
     else:
         order |= {"started_at": time.time(), **read_report(order, max_cost)}
         print(f"[1/3] Uploading training file: {training_file}")
@@ -201,7 +202,6 @@ def unanswered_job(client: openai.OpenAI, wanted: dict):
             if ours:
                 print("  There is none, so the order did not arrive. Sending it again.")
                 return create_job(client, order)
-    return None
 
 
 def recorded_job(client: openai.OpenAI, order: dict):

@@ -56,20 +56,20 @@ def connect(**options) -> openai.OpenAI:
     key, url = os.environ.get("OPENAI_API_KEY"), os.environ.get("OPENAI_BASE_URL")
     if not key and not url:
         sys.exit("No server is named: copy .env.example to .env, or set OPENAI_API_KEY (OpenAI).")
-    return openai.OpenAI(api_key=key or "not-needed", **options)
+    return openai.OpenAI(api_key=key or "-", base_url=url or "https://api.openai.com/v1", **options)
 
 
 def explain(error: Exception) -> str:
     """Return one sentence: what the server answered and the cure, without the key."""
-    server, key = os.environ.get("OPENAI_BASE_URL", "OpenAI"), os.environ.get("OPENAI_API_KEY", "")
+    host, key = os.environ.get("OPENAI_BASE_URL") or "OpenAI", os.environ.get("OPENAI_API_KEY", "")
     if isinstance(error, openai.APIConnectionError):
-        return f"No answer from {server}. Is it running? (Local API: python -m local_api)"
+        return f"No answer from {host}. Is it running? (Local API: python -m local_api)"
     said, code = str(error), getattr(error, "status_code", "nonsense")
     if isinstance(body := getattr(error, "body", None), dict):
         said = str(body.get("message"))
     said = said.replace(key, "[key]") if len(key) > 8 else said  # "local" is no secret
     cures: dict = {401: "check OPENAI_API_KEY", 404: "check name and URL", 429: "see your limits"}
-    return f"{server} answered {code}: {said} ({cures.get(code, 'mend that, or try again')})"
+    return f"{host} answered {code}: {said} ({cures.get(code, 'mend that, or try again')})"
 
 
 def read_job(name: str | None = None) -> dict:
@@ -296,7 +296,6 @@ def summarise(results: list[dict], criteria: list[dict]) -> dict:
 
 def print_report(summary: dict, results: list[dict]) -> None:
     """Print the pass rates, what broke and why, the verdict, and the success criteria."""
-    # The model compared with may be a fine-tuned one, too: that of an earlier round.
     other = "other model" if summary["base_model"].startswith("ft:") else "base model"
     print(f"\n{'passed':<16}{other:>20}{'fine-tuned':>20}")
     for name, of in {**summary["categories"], "all": summary}.items():
@@ -315,8 +314,10 @@ def print_report(summary: dict, results: list[dict]) -> None:
 
 def evaluate(args: argparse.Namespace) -> None:
     """Compare the two models, write what came of it, and say what to do next."""
-    job = read_job(args.model)
-    model, base_model = job.get("fine_tuned_model", args.model), args.base_model or job.get("model")
+    job = read_job((args.model or "").split(":ckpt-step-")[0] or None)  # that of a checkpoint
+    model, base_model = args.model, args.base_model or job.get("model")
+    if model in (None, job.get("job_id")):
+        model = job.get("fine_tuned_model")
     if not (model and base_model):
         sys.exit("No finished job is recorded here: see steps 2 and 3, or name both models.")
     tester = ModelTester(model, base_model)
@@ -342,10 +343,9 @@ def evaluate(args: argparse.Namespace) -> None:
         lines = [json.dumps(result, ensure_ascii=False) + "\n" for result in failing]
         Path(args.failures).write_text("".join(lines), "utf-8")
         print(f"Failing cases: {args.failures}, to look at, never to train on")
-    if failing and not args.failures:
-        print("Next: the same command with --failures failing_cases.jsonl (README, step 6)")
-    else:
-        print("Next: new rows for what fails (README, step 6), or docs/deployment.md")
+    step_6 = "new rows for what fails (README, step 6), or docs/deployment.md"
+    ask_for_them = "the same command with --failures failing_cases.jsonl (README, step 6)"
+    print("Next:", ask_for_them if failing and not args.failures else step_6)
     if summary["failed_calls"]:
         sys.exit("The verdict is incomplete: the same command asks for the missing answers again.")
     if summary["fine_tuned"]["pass_rate"] < args.min_pass_rate:

@@ -40,20 +40,20 @@ def connect(**options) -> openai.OpenAI:
     key, url = os.environ.get("OPENAI_API_KEY"), os.environ.get("OPENAI_BASE_URL")
     if not key and not url:
         sys.exit("No server is named: copy .env.example to .env, or set OPENAI_API_KEY (OpenAI).")
-    return openai.OpenAI(api_key=key or "not-needed", **options)
+    return openai.OpenAI(api_key=key or "-", base_url=url or "https://api.openai.com/v1", **options)
 
 
 def explain(error: Exception) -> str:
     """Return one sentence: what the server answered and the cure, without the key."""
-    server, key = os.environ.get("OPENAI_BASE_URL", "OpenAI"), os.environ.get("OPENAI_API_KEY", "")
+    host, key = os.environ.get("OPENAI_BASE_URL") or "OpenAI", os.environ.get("OPENAI_API_KEY", "")
     if isinstance(error, openai.APIConnectionError):
-        return f"No answer from {server}. Is it running? (Local API: python -m local_api)"
+        return f"No answer from {host}. Is it running? (Local API: python -m local_api)"
     said, code = str(error), getattr(error, "status_code", "nonsense")
     if isinstance(body := getattr(error, "body", None), dict):
         said = str(body.get("message"))
     said = said.replace(key, "[key]") if len(key) > 8 else said  # "local" is no secret
     cures: dict = {401: "check OPENAI_API_KEY", 404: "check name and URL", 429: "see your limits"}
-    return f"{server} answered {code}: {said} ({cures.get(code, 'mend that, or try again')})"
+    return f"{host} answered {code}: {said} ({cures.get(code, 'mend that, or try again')})"
 
 
 def read_job(name: str | None = None) -> dict:

@@ -102,10 +102,11 @@ def test_transcript_and_record(api, capsys):
 def test_options_reach_the_request(api):
     write_rows("validation_data.jsonl", 3)
     argv = ["--validation-file", "validation_data.jsonl", "--suffix", "bot", "--n-epochs", "2", "--seed", "7"]
-    assert run(*argv, "--extra", '{"trainingType": "GlobalStandard"}') == 0
+    extra = {"trainingType": "GlobalStandard", "hyperparameters": {"batch_size": 4}}
+    assert run(*argv, "--extra", json.dumps(extra)) == 0
     sent = next(request.body for request in api.requests if request.name == "POST /fine_tuning/jobs")
     assert sent["validation_file"] == "file-0002" and sent["suffix"] == "bot" and sent["seed"] == 7
-    assert sent["hyperparameters"] == {"n_epochs": 2} and sent["trainingType"] == "GlobalStandard"
+    assert sent["hyperparameters"] == {"n_epochs": 2, "batch_size": 4} and sent["trainingType"] == "GlobalStandard"
     assert record()["validation_file"] == "file-0002"
 
 
