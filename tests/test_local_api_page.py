@@ -215,6 +215,19 @@ def test_the_curve_grows_while_the_job_runs(browser, server):
     assert browser.problems() == []
 
 
+def test_jobs_without_a_suffix_are_told_apart_and_empty_columns_are_not_shown(chromium, server):
+    url, client = server
+    jobs = [wait_for(create_job(client).id, client) for _ in range(5)]
+    browser = Browser(chromium, url)
+    for job in jobs:
+        browser.wait_for_text("#job-list", f"tiny-base · {job.id[-6:]}")
+    browser.wait_for_text("#checkpoints", "Training loss")
+    assert browser.text("#checkpoints thead").strip().split("\t") == ["Step", "Training loss", "Try it"]
+    browser.size(390)  # the list goes on below what is seen of it, and shows so
+    assert browser("(one => one.scrollHeight > one.clientHeight)(document.querySelector('#job-list'))")
+    assert browser("getComputedStyle(document.querySelector('#job-list')).backgroundAttachment.includes('local')")
+
+
 def test_a_failed_job_says_why(browser, server):
     create_job(server[1], "fail", suffix="broken")
     browser.wait_for_text("#job-head [role=alert]", "Line 3: too long")
@@ -357,7 +370,9 @@ def test_an_empty_server_says_how_to_begin_and_a_lost_one_that_it_is_lost(chromi
         browser("location.hash = 'files'")
         browser.wait_for_text("#files", "No files yet")
         assert browser.problems() == []
+        live = browser("getComputedStyle(document.querySelector('#connection')).color")
     browser.wait_for_text("#connection", "The server does not answer. Trying again")
+    assert browser("getComputedStyle(document.querySelector('#connection')).color") != live
 
 
 def test_with_a_key_the_page_asks_for_it(chromium, tmp_path):

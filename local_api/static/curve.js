@@ -31,8 +31,9 @@ function chartOptions(width) {
     cursor: { y: false, drag: { x: false } },
     scales: { x: { time: false }, y: { range: (_, least, most) => [0, most * 1.05 || 1] } },
     axes: [
-      { ...axis, size: 28, grid: { show: false }, incrs: [1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000] },
-      { ...axis, size: 44, grid: { stroke: colour("--line"), width: 1 } },
+      { ...axis, ...named("step"), size: 28, grid: { show: false }, splits: stepsShown,
+        incrs: [1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000] },
+      { ...axis, ...named("loss"), size: 44, grid: { stroke: colour("--line"), width: 1 } },
     ],
     series: [{}, ...CURVES.map(({ name, colour: its, points }) => ({
       label: name, stroke: colour(its), width: 2, spanGaps: true,
@@ -40,6 +41,15 @@ function chartOptions(width) {
     }))],
     hooks: { setCursor: [drawLegend] },
   };
+}
+
+const named = (label) => ({ label, labelSize: 18, labelFont: "12px system-ui, sans-serif" });
+
+/** Return the steps under the axis: every so many, and the last one in place of any that is too near to it. */
+function stepsShown(_, axis, first, last, every) {
+  const shown = [];
+  for (let step = Math.ceil(first / every) * every; step < last - every / 2; step += every) shown.push(step);
+  return [...shown, last];
 }
 
 /** Say what the curves show at the cursor or, without one, at the last step; this is also the chart's description. */

@@ -49,16 +49,21 @@ async function update() {
   try {
     const busy = await readView();
     pause = busy ? LIVE_MS : Math.min(pause * 1.5, IDLE_MS);
-    say("connection", "Live");
+    connection("Live");
   } catch (error) {
     pause = Math.min(pause * 2, LOST_MS);
-    say("connection", `${error.status ? error.message : "The server does not answer."} Trying again …`);
+    connection(`${error.status ? error.message : "The server does not answer."} Trying again …`, "bad");
     if (error.status === 401) askForKey();
   }
   looking = false;
   timer = setTimeout(update, lookAgain ? 0 : pause);
   lookAgain = false;
   draw();
+}
+
+function connection(sentence, how = "") {
+  say("connection", sentence);
+  byId("connection").className = how;
 }
 
 /** Read jobs and, where they matter, events, models and files; returns whether there will soon be more. */
@@ -125,7 +130,7 @@ function draw() {
 // ------------------------------------------------------------------------------------------------------- jobs
 
 const selectedJob = () => state.jobs.find((job) => job.id === where()[1]) ?? state.jobs[0];
-const jobName = (job) => job.user_provided_suffix || job.model;
+const jobName = (job) => job.user_provided_suffix || `${job.model} · ${job.id.slice(-6)}`;
 const badge = (status) => el("span", { className: `badge ${status}` }, status.replace("_", " "));
 const askLink = (model) => el("a", { className: "button", href: playgroundOf(model), id: `ask-${model}` }, "Ask");
 
@@ -171,13 +176,18 @@ function jobHead(job, latest) {
 
 function checkpointTable(checkpoints) {
   if (!checkpoints.length) return [];
-  const columns = ["Step", "Training loss", "Validation loss", "Validation accuracy", "Try it"];
   const [model] = checkpoints[0].fine_tuned_model_checkpoint.split(":ckpt-step-");
+  const figures = {
+    "Training loss": (metrics) => metrics.train_loss,
+    "Validation loss": (metrics) => metrics.full_valid_loss ?? metrics.valid_loss,
+    "Validation accuracy": (metrics) => metrics.full_valid_mean_token_accuracy ?? metrics.valid_mean_token_accuracy,
+  };
+  const known = Object.keys(figures).filter((name) => // without a validation file there is nothing to show of it
+    checkpoints.some(({ metrics }) => typeof figures[name](metrics) === "number"));
+  const columns = ["Step", ...known, "Try it"];
   const row = ({ step_number, metrics, fine_tuned_model_checkpoint }) => el("tr", {},
     el("th", { scope: "row" }, step_number),
-    el("td", {}, figure(metrics.train_loss)),
-    el("td", {}, figure(metrics.full_valid_loss ?? metrics.valid_loss)),
-    el("td", {}, figure(metrics.full_valid_mean_token_accuracy ?? metrics.valid_mean_token_accuracy)),
+    ...known.map((name) => el("td", {}, figure(figures[name](metrics)))),
     el("td", {}, askLink(fine_tuned_model_checkpoint)));
   return [
     el("h3", {}, "Checkpoints"),
