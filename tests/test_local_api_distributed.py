@@ -96,10 +96,13 @@ def figures(job_dir: Path) -> list[float]:
     return [figure for event in events(job_dir) if event["type"] == "metrics" for figure in event["data"].values()]
 
 
-def wait_for(path: Path) -> None:
-    deadline = time.monotonic() + 200
-    while not path.exists():
-        assert time.monotonic() < deadline, f"no {path}"
+def wait_for_step(job_dir: Path, launcher: subprocess.Popen) -> None:
+    """Wait until the third step is reported; end the launcher if that takes too long."""
+    deadline = time.monotonic() + 250
+    while not (job_dir / "events.jsonl").exists() or "Step 3/" not in (job_dir / "events.jsonl").read_text("utf-8"):
+        if time.monotonic() > deadline or launcher.poll() is not None:
+            worker.stop_processes([psutil.Process(launcher.pid)])
+            pytest.fail((job_dir / "trainer.log").read_text("utf-8"))
         time.sleep(0.01)
 
 
@@ -164,7 +167,7 @@ def test_fsdp_spreads_the_model_and_reaches_the_same(tiny_model, files, alone, t
 def test_two_processes_stop_together_and_one_goes_on(tiny_model, files, alone, tmp_path):
     job_dir, path = make_job(tmp_path / "job", tiny_model, **files), program(tmp_path, TRAIN)
     first = launch("two_processes_cpu.yaml", path, job_dir)
-    wait_for(job_dir / "checkpoints" / "step-3")
+    wait_for_step(job_dir, first)
     first.send_signal(signal.SIGTERM)
     first.wait(60)
     assert not (job_dir / "outcome.json").exists(), "the job was over before it could be interrupted"
@@ -177,7 +180,7 @@ def test_two_processes_stop_together_and_one_goes_on(tiny_model, files, alone, t
 def test_a_killed_process_ends_the_others_and_is_named(tiny_model, files, tmp_path):
     job_dir = make_job(tmp_path / "job", tiny_model, **{**files, "hyperparameters": {"n_epochs": 200}})
     launcher = launch("two_processes_cpu.yaml", program(tmp_path, TRAIN), job_dir)
-    wait_for(job_dir / "checkpoints" / "step-6")
+    wait_for_step(job_dir, launcher)
     ranks = {process.environ().get("RANK"): process for process in psutil.Process(launcher.pid).children()}
     ranks["1"].kill()
     assert launcher.wait(60) == 1 and not (job_dir / "outcome.json").exists()
