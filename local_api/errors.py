@@ -73,8 +73,12 @@ def error_response(error: APIError) -> JSONResponse:
 def explain(error: Exception) -> APIError:
     """Return what the client is told about an exception that no handler expected (the log holds its traceback)."""
     sqlite_full = isinstance(error, sqlite3.OperationalError) and "full" in str(error)
-    if sqlite_full or (isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)):
+    if sqlite_full or (isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)):
         return APIError(500, "The disk that holds the server's data directory is full.", code="server_error")
+    if isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE):
+        return APIError(500, "The server has too many files and connections open.", code="server_error")
+    if isinstance(error, sqlite3.OperationalError) and "locked" in str(error):
+        return APIError(500, "The server's database is locked by another process.", code="server_error")
     if isinstance(error, (sqlite3.Error, OSError)):
         sentence = "The server cannot read or write its data directory; was it moved or deleted?"
         return APIError(500, sentence, code="server_error")

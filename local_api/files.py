@@ -48,7 +48,7 @@ def create_file(
 
 def add_file(store: Store, content: IO[bytes], filename: str, purpose: str, *, expires_after: int | None = None,
              **private: Any) -> Document:  # fmt: skip
-    """Copy `content` into the store and return the new file's document."""
+    """Copy `content` into the store and return the new file's document; `private`: more of its fields."""
     document = {
         "id": new_id("file-"),
         "object": FILE,
@@ -65,7 +65,11 @@ def add_file(store: Store, content: IO[bytes], filename: str, purpose: str, *, e
     with store.writing(store.file_path(document["id"])) as copy:
         shutil.copyfileobj(content, copy, 1024 * 1024)
         document["bytes"] = copy.tell()
-    return store.add(document)
+    try:
+        return store.add(document)
+    except Exception:
+        store.file_path(document["id"]).unlink(missing_ok=True)
+        raise
 
 
 def check_jsonl(content: IO[bytes]) -> None:

@@ -104,9 +104,11 @@ def find_job(store: Store, job_id: str) -> Document:
 
 
 def add_event(store: Store, job_id: str, message: str, *, level: str = "info", type: str = "message",
-              data: Document | None = None, created_at: int | None = None) -> None:  # fmt: skip
-    store.add({"object": EVENT, "id": new_id("ftevent-"), "created_at": created_at or now(), "level": level,
-               "message": message, "type": type, "data": data or {}}, job_id)  # fmt: skip
+              data: Document | None = None, created_at: int | None = None, id: str | None = None) -> bool:  # fmt: skip
+    """Add an event to a job; one whose id is there already is not added again. Return whether it was added."""
+    document = {"object": EVENT, "id": id or new_id("ftevent-"), "created_at": created_at or now(), "level": level,
+                "message": message, "type": type, "data": data or {}}  # fmt: skip
+    return store.add_once(document, job_id)
 
 
 def usable_file(store: Store, file_id: str, param: str) -> Document:
@@ -179,8 +181,7 @@ def create_job(request: Request, store: StoreOfRequest, job: JobRequest) -> Docu
         "user_provided_suffix": job.suffix,
         "_base": models.base_of(job.model),
         "_suffix": re.sub(r"[^a-z0-9._]+", "-", (job.suffix or "").lower()).strip("-."),  # it becomes part of an id
-        "_events_read": 0,  # bytes of the trainer's events.jsonl that are in the store
-        "_times_killed": 0,
+        "_times_killed": 0,  # since it last saved its state
     }
     with store.transaction():
         store.add(document)

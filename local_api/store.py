@@ -40,6 +40,8 @@ CREATE TABLE IF NOT EXISTS objects (
 CREATE INDEX IF NOT EXISTS objects_of_kind ON objects (kind, parent_id, seq);
 """
 
+LOCK_SECONDS = 30.0  # how long a write waits for another's to end
+
 Document = dict[str, Any]
 
 
@@ -85,7 +87,7 @@ class Store:
         try:
             db = self._idle.pop()
         except IndexError:
-            db = sqlite3.connect(self.data_dir / "state.sqlite3", timeout=30, isolation_level=None,
+            db = sqlite3.connect(self.data_dir / "state.sqlite3", timeout=LOCK_SECONDS, isolation_level=None,
                                  check_same_thread=False)  # fmt: skip
             db.execute("PRAGMA journal_mode=WAL")
             db.execute("PRAGMA synchronous=FULL")
@@ -129,6 +131,12 @@ class Store:
         self._query("INSERT INTO objects (id, kind, parent_id, document) VALUES (?, ?, ?, ?)",
                     (document["id"], document["object"], parent_id, json.dumps(document)))  # fmt: skip
         return document
+
+    def add_once(self, document: Document, parent_id: str | None = None) -> bool:
+        """Add an object unless there is one with its id; return whether it was added."""
+        with self._connection() as db:
+            sql = "INSERT OR IGNORE INTO objects (id, kind, parent_id, document) VALUES (?, ?, ?, ?)"
+            return db.execute(sql, (document["id"], document["object"], parent_id, json.dumps(document))).rowcount > 0
 
     def get(self, kind: str, object_id: str) -> Document | None:
         rows = self._query("SELECT document FROM objects WHERE kind = ? AND id = ?", (kind, object_id))

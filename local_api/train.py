@@ -25,13 +25,15 @@ import shutil
 import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from . import base_models
 from .encoding import Encoded, read_examples
+from .processes import TRY_LATER, lock_job
 from .step import (
     BASE_LEARNING_RATE,
     Optimizer,
@@ -111,14 +113,16 @@ class Journal:
     """Appends to events.jsonl; after a restart, steps that were reported before are not reported twice."""
 
     def __init__(self, path: Path):
-        self.reported = 0
-        if path.exists():
-            text = path.read_bytes()
-            whole = text[: text.rfind(b"\n") + 1]  # a kill can leave half a line behind
-            if whole != text:
-                os.truncate(path, len(whole))
-            lines = [json.loads(line) for line in whole.splitlines()]
-            self.reported = max((line["data"]["step"] for line in lines if line.get("type") == "metrics"), default=0)
+        self.reported, whole = 0, 0
+        for line in path.read_bytes().splitlines(keepends=True) if path.is_file() else []:
+            try:
+                report = json.loads(line)
+            except ValueError:  # a kill leaves half a line behind, a power cut anything
+                os.truncate(path, whole)
+                break
+            whole += len(line)
+            if report["type"] == "metrics":
+                self.reported = report["data"]["step"]
         self.file = open(path, "a", encoding="utf-8")  # noqa: SIM115 - open for the life of the process
 
     def write(self, **line: Any) -> None:
@@ -142,31 +146,58 @@ def write_file(target: Path, fill: Callable[[Path], Any]) -> None:
     """Let `fill(path)` write a file and put it in place of `target` at once: never half of it, never none."""
     process = os.environ.get("RANK", "0")  # of several that train one job, each may have the same to say
     scratch = target.with_name(f".{target.name}.{process}.new")
-    fill(scratch)
+    with only_os_errors(target):
+        fill(scratch)
     with open(scratch, "rb+") as file:
         os.fsync(file.fileno())
     os.replace(scratch, target)
+    flush_directory(target.parent)
+
+
+@contextmanager
+def only_os_errors(target: Path) -> Iterator[None]:
+    """Turn the libraries' many complaints about a full disk into an OSError."""
+    try:
+        yield
+    except Exception as error:
+        reason = getattr(error, "strerror", None) or " ".join(str(error).split())[:200]
+        raise OSError(f"{target.name} cannot be written ({reason})") from error
+
+
+def flush_directory(directory: Path) -> None:
+    """Make what was written under new names in this directory survive a power cut (Windows has no such call)."""
+    if os.name != "nt":
+        descriptor = os.open(directory, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
 
 
 def write_adapter(target: Path, model: Any, metrics: dict | None = None) -> None:
     """Save the adapter, and a checkpoint's metrics, to a folder that appears whole or not at all."""
     scratch = target.with_name(f".{target.name}.new")
     shutil.rmtree(scratch, ignore_errors=True)
-    # save_embedding_layers=False: PEFT would otherwise ask the hub whether the vocabulary was changed.
-    model.save_pretrained(scratch, safe_serialization=True, save_embedding_layers=False)
+    with only_os_errors(target):
+        # save_embedding_layers=False: PEFT would otherwise ask the hub whether the vocabulary was changed.
+        model.save_pretrained(scratch, safe_serialization=True, save_embedding_layers=False)
     (scratch / "README.md").unlink(missing_ok=True)  # PEFT's empty model card
     if metrics:
         (scratch / "metrics.json").write_text(json.dumps(metrics), encoding="utf-8")
     for path in scratch.iterdir():
         with open(path, "rb+") as file:
             os.fsync(file.fileno())
+    flush_directory(scratch)
     shutil.rmtree(target, ignore_errors=True)
     os.replace(scratch, target)
+    flush_directory(target.parent)
 
 
 def save_checkpoint(job_dir: Path, model: Any, row: dict) -> None:
     """Keep the adapter as it is after an epoch, and only the last KEPT_CHECKPOINTS of them."""
     folder = job_dir / "checkpoints"
+    folder.mkdir(exist_ok=True)
+    flush_directory(job_dir)
     metrics = {"step_number": row["step"], "created_at": int(time.time()), "metrics": row}
     write_adapter(folder / f"step-{row['step']}", model, metrics)
     kept = sorted(folder.glob("step-*"), key=lambda path: int(path.name.removeprefix("step-")))
@@ -181,16 +212,26 @@ def save_resume_state(job_dir: Path, optimizer: Optimizer, rows: list[dict]) -> 
     write_file(job_dir / "resume.pt", lambda scratch: torch.save(state, scratch))
 
 
-def load_resume_state(job_dir: Path, optimizer: Optimizer) -> list[dict]:
+def load_resume_state(job_dir: Path, optimizer: Optimizer, journal: Journal) -> list[dict]:
     """Bring the optimizer to where it was and return the figures of the steps done; [] for a fresh job."""
     import torch
 
     path = job_dir / "resume.pt"
     if not path.exists():
         return []
-    state = torch.load(path, weights_only=True)
-    optimizer.restore(state["optimizer"])
-    return state["rows"]
+    try:
+        state = torch.load(path, weights_only=True)
+        rows = state["rows"]
+        optimizer.restore(state["optimizer"])
+    except OSError:
+        raise
+    except Exception as error:  # torch names no exception of its own for a damaged file
+        path.rename(path.with_name("resume.pt.damaged"))
+        message = f"The saved state cannot be read ({type(error).__name__}); training starts over."
+        journal.write(level="warn", type="message", message=message, data=None)
+        return []
+    journal.write(level="info", type="message", message=f"Training goes on from step {len(rows)}.", data=None)
+    return rows
 
 
 def write_results(path: Path, rows: list[dict]) -> None:
@@ -220,10 +261,10 @@ def train(job_dir: Path, stop: dict) -> dict | None:
     model = add_lora(model, job.get("adapter"), job["base_model"])
     quicken(model, longest)
     optimizer = Optimizer(model, plan.learning_rate, total_steps)
-    rows = load_resume_state(job_dir, optimizer)
+    rows = load_resume_state(job_dir, optimizer, journal)
     done = len(rows)
-    if done:
-        journal.write(level="info", type="message", message=f"Training goes on from step {done}.", data=None)
+    for row in rows:  # those of which a power cut has taken the report
+        journal.metrics(row, total_steps)
     started = saved_at = time.monotonic()
     reported_at = -math.inf
     batches: list[list[Encoded]] = []
@@ -256,7 +297,8 @@ def train(job_dir: Path, stop: dict) -> dict | None:
             return None
 
     write_adapter(job_dir / "adapter", model)
-    write_results(job_dir / "result.csv", rows)
+    write_file(job_dir / "result.csv", lambda scratch: write_results(scratch, rows))
+    os.fsync(journal.file.fileno())  # after the last word nobody reports a step again
     return {"status": "succeeded", "trained_tokens": plan.trained_tokens}
 
 
@@ -298,17 +340,27 @@ def run_job(job_dir: Path, train: Callable[[dict], dict | None]) -> int:
             signal.signal(getattr(signal, name), lambda *_: stop.update(asked=True))
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C in the server's terminal reaches us too; the server decides
     try:
-        outcome = train(stop)
-    except Exception as error:
-        outcome = {"status": "failed", "error": job_failed(error).error}
-    if outcome is None:
-        return 0
-    write_file(job_dir / "outcome.json", lambda scratch: scratch.write_text(json.dumps(outcome), encoding="utf-8"))
-    return 0 if outcome["status"] == "succeeded" else 1
+        is_first = os.environ.get("RANK", "0") == "0"  # of several processes that train one job
+        lock = lock_job(job_dir) if is_first else None  # held until the process ends
+        if is_first and not lock:
+            raise OSError("another trainer is at work in the job's directory")
+        try:
+            outcome = train(stop)
+        except Exception as error:
+            outcome = {"status": "failed", "error": job_failed(error).error}
+        if outcome:
+            text = json.dumps(outcome)
+            write_file(job_dir / "outcome.json", lambda scratch: scratch.write_text(text, encoding="utf-8"))
+        if lock:
+            lock.release()
+    except OSError as error:  # a full disk, a folder taken away: started again, it goes on from its last saved state
+        print(f"The trainer could not use its files: {error.strerror or error}.", file=sys.stderr)
+        return TRY_LATER
+    return 1 if outcome and outcome["status"] == "failed" else 0
 
 
 def job_failed(error: Exception) -> JobFailed:
-    """Return what a job says of an error that a user's data, model or machine can bring about; raise any other."""
+    """Return what a job says of an error that its data, hyperparameters or model bring about; raise any other."""
     if isinstance(error, JobFailed):
         return error
     if isinstance(error, base_models.ModelUnavailable):
@@ -316,8 +368,6 @@ def job_failed(error: Exception) -> JobFailed:
     if isinstance(error, MemoryError) or re.search("out of memory|allocate memory", str(error)):  # or a RuntimeError
         cure = "use a smaller batch_size, shorter examples or a smaller model"
         return JobFailed("out_of_memory", f"The trainer ran out of memory; {cure}.")
-    if isinstance(error, OSError):  # a full disk, a folder taken away
-        return JobFailed("storage_error", f"The trainer could not use its files: {error.strerror or error}.")
     raise error
 
 

@@ -14,8 +14,13 @@ The trainer (local_api/train.py) knows nothing of this server. The two meet in t
 
 A job's status in the store is the one truth: a handler that cancels or pauses only changes it, and the thread here
 sees that and stops the trainer. After a restart the store says what to go on with.
+
+Only what its data, its hyperparameters or its model bring about ends a job (JobFailed). Any other fault may pass, be it
+a full disk, a lock or a network that is away: the job keeps its status, an event says once what is in the way, and it
+is tried again.
 """
 
+import contextlib
 import json
 import logging
 import os
@@ -24,25 +29,40 @@ import subprocess
 import threading
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
 import psutil
 
-from local_api.base_models import ModelUnavailable
+from local_api.base_models import ModelOutOfReach, ModelUnavailable
 from local_api.errors import explain
-from local_api.files import add_file
 from local_api.jobs import add_event
 from local_api.models import Models
-from local_api.store import CHECKPOINT, JOB, MODEL, Document, Store, new_id, now
-from local_api.train import KEPT_CHECKPOINTS
+from local_api.processes import STOP_SECONDS, TRY_LATER, stop_processes, trainer_of
+from local_api.reports import Reports, event_id
+from local_api.store import JOB, Document, Store, now
 from local_api.validation import JobFailed, validate
 
 POLL_SECONDS = 0.2
-STOP_SECONDS = 8.0  # what a trainer gets to save its state; the whole server is to end within 10
-MAX_KILLS = 3  # a trainer that something kills again and again is not started for ever
+MAX_KILLS = 3  # a trainer that dies again and again, with no progress between, is not started for ever
+MAX_WAIT_SECONDS = 30.0  # how long a job that something hinders waits at most before it is tried again
 
 log = logging.getLogger("local_api")
+
+
+class JobWaits(Exception):
+    """A job cannot go on now, and can later; the message is the sentence that says why."""
+
+
+@dataclass
+class Hindrance:
+    """What keeps a job from going on, how often it was tried, and when it is tried again (time.monotonic)."""
+
+    reason: str
+    tries: int
+    until: float
+    told: bool
 
 
 class Worker:
@@ -53,18 +73,24 @@ class Worker:
         self.trainer_command = list(trainer_command)
         self.stopping = 0.0  # when it was asked to stop (time.monotonic), else 0
         self.training = False
+        self._hindrances: dict[str, Hindrance] = {}  # by job
         self._news = threading.Condition()
         lines = {"validate": (self._validate_job, "validating_files"), "train": (self._train_job, "running", "queued")}
-        self._threads = [
-            threading.Thread(target=self._loop, args=line, name=name, daemon=True) for name, line in lines.items()
-        ]
+        self._threads = {
+            name: threading.Thread(target=self._loop, args=line, name=name, daemon=True) for name, line in lines.items()
+        }
 
     def start(self) -> None:
-        stop_processes(self._leftovers())
-        for thread in self._threads:
+        jobs = (self.store.job_dir(job["id"]) for job in self.store.find(JOB))
+        left_over = [trainer_of(directory) for directory in jobs if directory.is_dir()]  # their server was killed
+        stop_processes([trainer for trainer in left_over if trainer])
+        for thread in self._threads.values():
             thread.start()
 
     def wake(self) -> None:
+        """Look for work at once: a job was made, or a client changed its status."""
+        for hindrance in list(self._hindrances.values()):
+            hindrance.until = 0
         with self._news:
             self._news.notify_all()
 
@@ -76,32 +102,55 @@ class Worker:
         """Wait for that, at most about STOP_SECONDS after it was asked for; jobs go on at the next start."""
         self.ask_to_stop()
         self.wake()
-        for thread in self._threads:
-            thread.join(max(0, self.stopping + STOP_SECONDS + 1 - time.monotonic()))
+        if self._threads["train"].is_alive():  # what is being validated is validated anew
+            self._threads["train"].join(max(0, self.stopping + STOP_SECONDS + 1 - time.monotonic()))
 
     def _loop(self, handle: Callable[[Document], None], *statuses: str) -> None:
         """Handle the oldest job of the first of these statuses that has one, again and again."""
         while not self.stopping:
             try:
                 where = "json_extract(document, '$.status') = ?"
-                waiting = [job for status in statuses for job in self.store.find(JOB, where, (status,), limit=1)]
-                if waiting:
-                    self._handle_safely(handle, waiting[0])
-                    continue
+                jobs = [job for status in statuses for job in self.store.find(JOB, where, (status,))]
             except Exception:  # a full disk, a deleted directory: the server lives
-                log.exception("The worker cannot use the data directory; it tries again in 5 s")
-                time.sleep(5)
+                log.exception("The worker cannot use the data directory; it tries again")
+                jobs = []
+            ready = next((job for job in jobs if self._may_try(job["id"])), None)
+            if ready:
+                self._handle_safely(handle, ready)
+                continue
             with self._news:
                 self._news.wait(1)
 
     def _handle_safely(self, handle: Callable[[Document], None], job: Document) -> None:
         try:
-            handle(job)
-        except JobFailed as failure:
-            self._fail(job["id"], failure)
+            try:
+                handle(job)
+            except JobFailed as failure:
+                self._fail(job["id"], failure)
+            self._hindrances.pop(job["id"], None)
         except Exception as error:
-            log.exception("%s failed", job["id"])
-            self._fail(job["id"], JobFailed("server_error", explain(error).detail))
+            self._hinder(job["id"], error)
+
+    def _may_try(self, job_id: str) -> bool:
+        hindrance = self._hindrances.get(job_id)
+        return hindrance is None or hindrance.until <= time.monotonic()
+
+    def _hinder(self, job_id: str, error: Exception) -> None:
+        """Let the job wait, longer each time, for what is in its way; say what that is when it is new."""
+        if isinstance(error, (JobWaits, ModelUnavailable)):
+            reason = str(error)
+        else:
+            reason = explain(error).detail
+            log.error("%s waits: %s", job_id, reason, exc_info=error)
+        before = self._hindrances.get(job_id)
+        tries = before.tries + 1 if before else 1
+        told = before is not None and before.told and before.reason == reason
+        if not told:
+            with contextlib.suppress(Exception):  # the database may be what is in the way: then at the next try
+                add_event(self.store, job_id, f"The job waits and is tried again: {reason}", level="warn")
+                told = True
+        until = time.monotonic() + min(MAX_WAIT_SECONDS, 2 ** (tries - 1))
+        self._hindrances[job_id] = Hindrance(reason, tries, until, told)
 
     # Validation
 
@@ -123,39 +172,36 @@ class Worker:
 
     def _train_job(self, job: Document) -> None:
         directory = self.store.job_dir(job["id"])
-        if self._take_outcome(job["id"], directory):  # the trainer had finished when this server was not there to see
+        reports = Reports(self.store, job["id"], directory)
+        reports.read()  # what its trainer reported while no server was there comes first
+        if self._take_outcome(reports):  # it had even finished
             return
+        if (directory / "job.json").exists() and (other := trainer_of(directory)):
+            stop_processes([other])
         try:
             weights = self.models.weights(job["_base"])
+        except ModelOutOfReach:
+            raise
         except ModelUnavailable as error:
             raise JobFailed("model_not_available", str(error), "model") from None
-        started_before = (directory / "job.json").exists()
-        if started_before:  # what its trainer reported while no server was there comes first
-            self._read_events(job["id"], directory)
         with self.store.transaction():
-            status = self._status(job["id"])
-            if status not in ("queued", "running"):
+            if self._status(job["id"]) not in ("queued", "running"):
                 return  # cancelled or paused meanwhile
-            how = "goes on from its last checkpoint" if started_before else "started"
-            add_event(self.store, job["id"], f"Fine-tuning job {how}")
+            if not (directory / "job.json").exists():
+                add_event(self.store, job["id"], "Fine-tuning job started", id=event_id(job["id"], "started"))
+            elif job["id"] not in self._hindrances:
+                add_event(self.store, job["id"], "Fine-tuning job goes on from its last checkpoint")
             job = self.store.update(JOB, job["id"], status="running")
         self._write_job(job, directory, weights)
         with open(directory / "trainer.log", "ab") as trainer_log:
-            try:
-                trainer = self._start_trainer(directory, trainer_log)
-            except OSError as error:
-                reason = f"{self.trainer_command[0]} cannot be started ({error.strerror}); see --launcher."
-                raise JobFailed("server_error", reason) from None
+            trainer = self._start_trainer(directory, trainer_log)
         self.training = True
         try:
-            stopped = self._follow(trainer, job["id"], directory)
-        except BaseException:  # a full disk, for instance: two trainers in one directory would be worse
-            stop_processes([psutil.Process(trainer.pid)])
-            raise
+            stopped = self._follow(trainer, reports)
         finally:
             self.training = False
-        self._read_events(job["id"], directory)
-        if not self._take_outcome(job["id"], directory) and not stopped:
+        self._read(reports)
+        if not self._take_outcome(reports) and not stopped:
             self._record_death(trainer.returncode, job["id"], directory)
 
     def _write_job(self, job: Document, directory: Path, weights: Path) -> None:
@@ -175,117 +221,58 @@ class Worker:
 
     def _start_trainer(self, directory: Path, trainer_log: IO[bytes]) -> subprocess.Popen:
         path = os.pathsep.join(filter(None, [str(Path(__file__).parent.parent), os.environ.get("PYTHONPATH")]))
-        return subprocess.Popen(
-            [*self.trainer_command, str(directory)],
-            stdin=subprocess.DEVNULL,
-            stdout=trainer_log,
-            stderr=trainer_log,
-            env={**os.environ, "PYTHONPATH": path},
-            # A group of its own: Ctrl-C in the terminal reaches this server alone, which stops the trainer in peace.
-            start_new_session=os.name != "nt",
-            creationflags=getattr(subprocess, "CREATE_NEW_PROCESS_GROUP", 0),  # Windows' word for it
-        )
+        try:
+            return subprocess.Popen(
+                [*self.trainer_command, str(directory)],
+                stdin=subprocess.DEVNULL,
+                stdout=trainer_log,
+                stderr=trainer_log,
+                env={**os.environ, "PYTHONPATH": path},
+                # A group of its own: Ctrl-C in the terminal reaches this server alone, which stops the trainer.
+                start_new_session=os.name != "nt",
+                creationflags=getattr(subprocess, "CREATE_NEW_PROCESS_GROUP", 0),  # Windows' word for it
+            )
+        except (FileNotFoundError, PermissionError) as error:
+            reason = f"{self.trainer_command[0]} cannot be started ({error.strerror}); see --launcher."
+            raise JobWaits(reason) from None
 
-    def _follow(self, trainer: subprocess.Popen, job_id: str, directory: Path) -> bool:
+    def _follow(self, trainer: subprocess.Popen, reports: Reports) -> bool:
         """Read the trainer's events until it ends; stop it when its job is no longer to run. True if it was stopped."""
         while trainer.poll() is None:
-            if self.stopping or self._status(job_id) != "running":
+            to_run = not self.stopping
+            if to_run and self._may_try(reports.job_id):
+                try:
+                    to_run = self._status(reports.job_id) == "running"
+                    self._read(reports)
+                except Exception as error:  # the trainer need not wait with it
+                    self._hinder(reports.job_id, error)
+            if not to_run:
                 stop_processes([psutil.Process(trainer.pid)])
                 trainer.wait()
                 return True
-            self._read_events(job_id, directory)
             time.sleep(POLL_SECONDS)
         return bool(self.stopping)  # a service manager may have stopped the two together
+
+    def _read(self, reports: Reports) -> None:
+        if reports.read():  # a new step: nothing is in the way any more
+            self._hindrances.pop(reports.job_id, None)
 
     def _status(self, job_id: str) -> str | None:
         return (self.store.get(JOB, job_id) or {}).get("status")
 
-    def _leftovers(self) -> list[psutil.Process]:
-        """Return the trainers of this data directory that outlived their server, because that was killed."""
-        of_this_server = {(self.trainer_command[-1], str(path)) for path in self.store.job_dir("").iterdir()}
-        running = psutil.process_iter(["cmdline"])
-        return [process for process in running if tuple((process.info["cmdline"] or [])[-2:]) in of_this_server]
-
-    def _read_events(self, job_id: str, directory: Path) -> None:
-        """Move what the trainer has written since the last time into the store: complete lines only, each once."""
-        try:
-            with open(directory / "events.jsonl", "rb") as file:
-                job = self.store.get(JOB, job_id) or {}
-                file.seek(job.get("_events_read", 0))
-                new = file.read()
-        except FileNotFoundError:
-            return
-        complete = new[: new.rfind(b"\n") + 1]
-        if not complete:
-            return
-        with self.store.transaction():
-            job = self.store.get(JOB, job_id) or {}
-            changes: Document = {"_events_read": job["_events_read"] + len(complete)}
-            for line in complete.splitlines():
-                report = json.loads(line, parse_constant=lambda constant: None)
-                if report["type"] == "update":
-                    changes.update(self._update(job, report))
-                else:
-                    add_event(self.store, job_id, **report)
-            self.store.update(JOB, job_id, **changes)
-
-    def _update(self, job: Document, report: Document) -> Document:
-        changes: Document = {}
-        if resolved := report.get("hyperparameters"):
-            changes["hyperparameters"] = {**job["hyperparameters"], **resolved}
-            changes["method"] = {"type": "supervised", "supervised": {"hyperparameters": changes["hyperparameters"]}}
-        if report.get("estimated_finish") and job["status"] == "running":
-            changes["estimated_finish"] = int(report["estimated_finish"])
-        return changes
-
     # The end of a job
 
-    def _take_outcome(self, job_id: str, directory: Path) -> bool:
+    def _take_outcome(self, reports: Reports) -> bool:
         """Record the trainer's last word, if it has spoken it."""
-        try:
-            outcome = read_json(directory / "outcome.json")
-        except FileNotFoundError:
+        outcome = reports.outcome()
+        if outcome is None:
             return False
-        self._read_events(job_id, directory)
+        reports.read()
         if outcome["status"] == "succeeded":
-            self._succeed(job_id, directory, outcome)
+            reports.record_success(outcome)
         else:
-            self._fail(job_id, JobFailed(**outcome["error"]))
+            self._fail(reports.job_id, JobFailed(**outcome["error"]))
         return True
-
-    def _succeed(self, job_id: str, directory: Path, outcome: Document) -> None:
-        """Make the model, its checkpoints and the result file known, all in one transaction."""
-        with self.store.transaction():
-            job = self.store.get(JOB, job_id)
-            if job is None or job["status"] not in ("queued", "running"):  # queued: resumed after its last step
-                return  # cancelled or paused at the last moment
-            name = f"ft:{job['_base']}:local:{job['_suffix']}:{new_id('', 8)}"
-            self._add_model(job, name, directory / "adapter")
-            saved = [(path.parent, read_json(path)) for path in directory.glob("checkpoints/step-*/metrics.json")]
-            for adapter, checkpoint in sorted(saved, key=lambda pair: pair[1]["step_number"])[-KEPT_CHECKPOINTS:]:
-                model = f"{name}:ckpt-step-{checkpoint['step_number']}"
-                checkpoint |= {"id": new_id("ftckpt_"), "object": CHECKPOINT, "fine_tuning_job_id": job_id}
-                self.store.add({**checkpoint, "fine_tuned_model_checkpoint": model}, job_id)
-                self._add_model(job, model, adapter)
-            with open(directory / "result.csv", "rb") as results:
-                file = add_file(self.store, results, "step_metrics.csv", "fine-tune-results")
-            add_event(self.store, job_id, f"New fine-tuned model created: {name}")
-            add_event(self.store, job_id, "The job has successfully completed")
-            self.store.update(
-                JOB,
-                job_id,
-                status="succeeded",
-                finished_at=now(),
-                estimated_finish=None,
-                fine_tuned_model=name,
-                trained_tokens=outcome["trained_tokens"],
-                result_files=[file["id"]],
-            )
-
-    def _add_model(self, job: Document, name: str, adapter: Path) -> None:
-        where = adapter.relative_to(self.store.data_dir).as_posix()
-        model = {"id": name, "object": MODEL, "created": now(), "owned_by": "local"}
-        self.store.add({**model, "_base": job["_base"], "_adapter": where}, job["id"])
 
     def _fail(self, job_id: str, failure: JobFailed) -> None:
         with self.store.transaction():
@@ -295,25 +282,28 @@ class Worker:
                 self.store.update(JOB, job_id, **end)
 
     def _record_death(self, returncode: int, job_id: str, directory: Path) -> None:
-        """The trainer ended without a last word: try again if something killed it, else the job has failed."""
-        times_killed = (self.store.get(JOB, job_id) or {}).get("_times_killed", 0) + 1
+        """The trainer ended without a last word: say what there is to wait for; too many such ends fail the job."""
+        if returncode == TRY_LATER:
+            raise JobWaits(last_line(directory / "trainer.log"))
         # 0 without a last word: it was asked to stop, and has left behind where it was.
-        if returncode in (0, -signal.SIGTERM) or (returncode < 0 and times_killed < MAX_KILLS):
-            how = f"was killed (signal {-returncode})" if returncode else "was stopped"
-            add_event(self.store, job_id, f"The trainer {how}", level="warn")
-            self.store.update(JOB, job_id, _times_killed=times_killed)
-            return
+        if returncode in (0, -signal.SIGTERM):
+            raise JobWaits("The trainer was stopped.")
+        saved = directory / "resume.pt"
+        progress = saved.stat().st_mtime_ns if saved.exists() else 0
+        job = self.store.get(JOB, job_id) or {}
+        times = job["_times_killed"] + 1 if job.get("_progress") == progress else 1
+        self.store.update(JOB, job_id, _times_killed=times, _progress=progress)
         reason = f"The trainer stopped with exit code {returncode}: {last_line(directory / 'trainer.log')}"
         if returncode < 0:
+            reason = f"The trainer was killed (signal {-returncode})."
+        if times < MAX_KILLS:
+            raise JobWaits(reason)
+        if returncode < 0:
             reason = (
-                f"The trainer was killed {times_killed} times, the last time by signal {-returncode}; signal 9 mostly "
+                f"The trainer was killed {times} times, the last time by signal {-returncode}; signal 9 mostly "
                 "means that the machine ran out of memory: try a smaller batch_size or a smaller model."
             )
-        self._fail(job_id, JobFailed("server_error", reason))
-
-
-def read_json(path: Path) -> Document:
-    return json.loads(path.read_bytes(), parse_constant=lambda constant: None)  # JSON knows no NaN and no Infinity
+        raise JobFailed("server_error", reason)
 
 
 def last_line(path: Path) -> str:
@@ -324,27 +314,3 @@ def last_line(path: Path) -> str:
         lines = []
     said = [line for line in lines if any(letter.isalpha() for letter in line)]  # a launcher rules off its last words
     return said[-1].removeprefix("traceback : ")[:300] if said else "it said nothing."
-
-
-def stop_processes(processes: list[psutil.Process]) -> None:
-    """Ask these processes and their children to end, and kill what has not ended after STOP_SECONDS."""
-    family: list[psutil.Process] = []
-    for process in processes:
-        try:
-            family += [process, *process.children(recursive=True)]
-        except psutil.NoSuchProcess:
-            continue
-    for process in family:
-        try:
-            if os.name == "nt":  # terminate() would be a kill; CTRL_BREAK is what a process can answer there
-                process.send_signal(signal.CTRL_BREAK_EVENT)  # type: ignore[attr-defined]
-            else:
-                process.terminate()
-        except (psutil.NoSuchProcess, OSError):
-            continue
-    _, alive = psutil.wait_procs(family, timeout=STOP_SECONDS)
-    for process in alive:
-        try:
-            process.kill()
-        except psutil.NoSuchProcess:
-            continue

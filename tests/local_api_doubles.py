@@ -16,16 +16,24 @@ TRAINER = r"""
 import json, os, signal, sys, time
 from pathlib import Path
 
+from local_api.processes import lock_job
+
 directory = Path(sys.argv[-1])
+lock = lock_job(directory)
+if not lock:
+    sys.exit("another trainer is at work here")
 job = json.loads((directory / "job.json").read_text())
 first = json.loads(open(job["training_file"]).readline())["messages"][0]["content"]
-behaviour = first if first in ("held", "stubborn", "slow", "crash", "fail", "no memory", "nan") else "normal"
+known = ("held", "stubborn", "slow", "crash", "fail", "no memory", "nan", "full disk", "killed each epoch")
+behaviour = first if first in known else "normal"
 asked_to_stop = []
 signal.signal(signal.SIGTERM, lambda *_: behaviour == "stubborn" or asked_to_stop.append(1))
 n_epochs = job["hyperparameters"]["n_epochs"]
 n_epochs = 5 if n_epochs == "auto" else n_epochs
 steps, pause = n_epochs * 2, 0.15 if behaviour == "slow" else 0.01
 go = directory.parent.parent / "go"  # what a trainer that is held, or stubborn too, waits for after its third step
+text = (directory / "events.jsonl").read_bytes() if (directory / "events.jsonl").exists() else b""
+(directory / "events.jsonl").write_bytes(text[: text.rfind(b"}\n") + 2] if b"}\n" in text else b"")
 events = open(directory / "events.jsonl", "a")
 
 def report(**line):
@@ -52,9 +60,18 @@ if behaviour == "fail":
     finish({"status": "failed", "error": error})
 if behaviour == "no memory":
     os.kill(os.getpid(), signal.SIGKILL)
-resume = directory / "resume"
+if behaviour == "full disk" and not go.exists():
+    sys.exit(print("The trainer could not use its files: No space left on device.", file=sys.stderr) or 75)
+resume = directory / "resume.pt"
 done = int(resume.read_text()) if resume.exists() else 0
+def report_step(step):
+    loss = float("nan") if behaviour == "nan" else 1 / step
+    report(level="info", type="metrics", message=f"Step {step}/{steps}: training loss={loss:.2f}",
+           data={"step": step, "total_steps": steps, "train_loss": loss, "train_mean_token_accuracy": 0.5})
+
 report(type="update", hyperparameters={"n_epochs": n_epochs, "batch_size": 2, "learning_rate_multiplier": 1.0})
+for step in range(1, done + 1):  # the server knows most of them: it takes each once
+    report_step(step)
 for step in range(done + 1, steps + 1):
     time.sleep(pause)
     while behaviour in ("held", "stubborn") and step == 4 and not go.exists() and not asked_to_stop:
@@ -62,19 +79,20 @@ for step in range(done + 1, steps + 1):
     if asked_to_stop:
         write(resume, str(step - 1))
         sys.exit(0)
-    loss = float("nan") if behaviour == "nan" else 1 / step
     report(type="update", estimated_finish=int(time.time() + pause * (steps - step)))
-    report(level="info", type="metrics", message=f"Step {step}/{steps}: training loss={loss:.2f}",
-           data={"step": step, "total_steps": steps, "train_loss": loss, "train_mean_token_accuracy": 0.5})
+    report_step(step)
     if step % 2 == 0:
         folder = directory / "checkpoints" / f"step-{step}"
         save_adapter(folder)
         write(folder / "metrics.json", json.dumps({
-            "step_number": step, "created_at": int(time.time()), "metrics": {"step": step, "train_loss": loss}}))
+            "step_number": step, "created_at": int(time.time()), "metrics": {"step": step, "train_loss": 1 / step}}))
         write(resume, str(step))
+        if behaviour == "killed each epoch":
+            os.kill(os.getpid(), signal.SIGKILL)
 save_adapter(directory / "adapter")
 columns = "step,train_loss,train_accuracy,valid_loss,valid_mean_token_accuracy"
 (directory / "result.csv").write_text(columns + "\n1,1.0,0.5,,\n")
+os.fsync(events.fileno())  # from here on a cut of power takes nothing from it
 finish({"status": "succeeded", "trained_tokens": 1234})
 """
 
@@ -158,7 +176,6 @@ def training_file(first="hello", rows=12):
 def running(data_dir, engine=None, base_models=None, **settings):
     """Run the application with the doubles behind a real socket, in this process; yields (base URL, app)."""
     import uvicorn
-
     from local_api.app import Settings, create_app
 
     base_model, trainer = data_dir.parent / "tiny-base", data_dir.parent / "fake_trainer.py"

@@ -58,6 +58,12 @@ class Process:
             assert time.monotonic() < deadline
             time.sleep(0.02)
 
+    def wait_for_event(self, job, text):
+        deadline = time.monotonic() + 20
+        while not any(text in event.message for event in self.client.fine_tuning.jobs.list_events(job.id)):
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+
     def let_trainers_go(self):
         (self.folder / "data" / "go").touch()
 
@@ -133,17 +139,16 @@ def test_a_launcher_whose_quotes_do_not_end_is_a_usage_error(capsys):
     assert "argument --launcher: 'x is no command (no closing quotation)" in capsys.readouterr().err
 
 
-def test_a_launcher_that_is_gone_fails_its_job_with_a_sentence(tmp_path):
+def test_a_job_waits_for_a_launcher_that_is_gone(tmp_path):
     launcher = tmp_path / "launcher"
-    launcher.write_text("#!/bin/sh\n")
+    launcher.write_text(f'#!/bin/sh\nexec {sys.executable} {tmp_path / "trainer.py"} "$3"\n')
     launcher.chmod(0o755)
     with server(tmp_path, "--launcher", str(launcher)) as process:
-        launcher.unlink()
-        job, deadline = process.create_job("hello"), time.monotonic() + 20
-        while (job := process.client.fine_tuning.jobs.retrieve(job.id)).status != "failed":
-            assert time.monotonic() < deadline
-            time.sleep(0.05)
-        assert job.error.message == f"{launcher} cannot be started (No such file or directory); see --launcher."
+        launcher.rename(tmp_path / "away")
+        job = process.create_job("hello")
+        process.wait_for_event(job, f"{launcher} cannot be started (No such file or directory); see --launcher.")
+        (tmp_path / "away").rename(launcher)
+        assert wait_for(job.id, process.client).status == "succeeded"
 
 
 def test_a_port_in_use_is_said(tmp_path):
@@ -236,8 +241,7 @@ def test_kill_9_loses_no_work(tmp_path, victims):
         second.let_trainers_go()
         for one in (job, waiting):
             assert wait_for(one.id, second.client).status == "succeeded"
-        assert sorted(set(second.steps(job))) == list(range(1, 11))
-        assert len(second.steps(job)) <= 12, "at most one epoch, here two steps, was repeated"
+        assert second.steps(job) == list(range(1, 11)), "what was repeated is reported once"
 
 
 @pytest.mark.skipif(os.name == "nt", reason="needs SIGTERM")
@@ -249,7 +253,8 @@ def test_a_trainer_asked_to_stop_by_someone_else_goes_on(tmp_path):
         process.let_trainers_go()
         assert wait_for(job.id, process.client).status == "succeeded"
         said = [event.message for event in process.client.fine_tuning.jobs.list_events(job.id)]
-        assert "The trainer was stopped" in said and sorted(set(process.steps(job))) == list(range(1, 11))
+        assert any("The trainer was stopped" in message for message in said)
+        assert process.steps(job) == list(range(1, 11))
 
 
 def test_an_orphaned_trainer_is_ended_by_the_next_server(tmp_path):

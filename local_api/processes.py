@@ -1,0 +1,91 @@
+"""Processes: which one is at work in a directory, and how one is asked to end.
+
+That a process is at work in a directory is known by a lock on it, which goes when the process goes. On POSIX it is the
+lock of the directory itself: it holds whatever the directory is called and wherever it is mounted, and no file that
+somebody removes takes it away.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+STOP_SECONDS = 8.0  # what a trainer gets to save its state; the whole server is to end within 10
+TRY_LATER = 75  # a trainer's exit code for a fault that may pass (EX_TEMPFAIL of BSD's sysexits.h)
+
+
+def lock_directory(directory: Path) -> Any:
+    """Return a lock on the directory, held until its `release` or the process's end; None if another process has it."""
+    if os.name == "nt":  # knows no lock of a directory, and lets nobody remove a file that is open
+        from filelock import FileLock, Timeout
+
+        lock = FileLock(directory / "in-use.lock")
+        with contextlib.suppress(Timeout):
+            return lock.acquire(timeout=0).lock
+        return None
+    import fcntl
+
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(descriptor)
+        return None
+    return DirectoryLock(descriptor)
+
+
+class DirectoryLock:
+    def __init__(self, descriptor: int):
+        self.descriptor = descriptor
+
+    def release(self) -> None:
+        os.close(self.descriptor)
+
+
+def lock_job(directory: Path) -> Any:
+    """In a trainer: take the lock of its job's directory and leave the process's id there; None if there is another."""
+    if lock := lock_directory(directory):
+        (directory / "trainer.pid").write_text(str(os.getpid()))
+    return lock
+
+
+def trainer_of(directory: Path) -> psutil.Process | None:
+    """Return the trainer that is at work in a job's directory, if it is one of this machine's processes."""
+    if lock := lock_directory(directory):
+        lock.release()
+        return None
+    try:
+        trainer = psutil.Process(int((directory / "trainer.pid").read_text()))
+        is_it = Path(trainer.cmdline()[-1]).name == directory.name  # not another process that has its number by now
+    except (OSError, ValueError, IndexError, psutil.Error):
+        return None
+    return trainer if is_it else None
+
+
+def stop_processes(processes: list[psutil.Process]) -> None:
+    """Ask these processes and their children to end, and kill what has not ended after STOP_SECONDS."""
+    family: list[psutil.Process] = []
+    for process in processes:
+        try:
+            family += [process, *process.children(recursive=True)]
+        except psutil.NoSuchProcess:
+            continue
+    for process in family:
+        try:
+            if os.name == "nt":  # terminate() would be a kill; CTRL_BREAK is what a process can answer there
+                process.send_signal(signal.CTRL_BREAK_EVENT)  # type: ignore[attr-defined]
+            else:
+                process.terminate()
+        except (psutil.NoSuchProcess, OSError):
+            continue
+    _, alive = psutil.wait_procs(family, timeout=STOP_SECONDS)
+    for process in alive:
+        try:
+            process.kill()
+        except psutil.NoSuchProcess:
+            continue

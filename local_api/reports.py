@@ -1,0 +1,108 @@
+"""What a trainer reports in its job's directory, copied into the store: events while it runs, in the end the model.
+
+All of it can be read and recorded again at any time: an event's id follows from what it reports. So a trainer can also
+report a step again, and each is in the store once, whatever a kill or a power cut has left of the files.
+"""
+
+import hashlib
+import json
+from pathlib import Path
+
+from local_api.files import add_file
+from local_api.jobs import add_event
+from local_api.store import CHECKPOINT, JOB, MODEL, Document, Store, new_id, now
+from local_api.train import KEPT_CHECKPOINTS
+
+
+class Reports:
+    """The reports of one job's trainer; the position in events.jsonl is kept in memory only."""
+
+    def __init__(self, store: Store, job_id: str, directory: Path):
+        self.store, self.job_id, self.directory = store, job_id, directory
+        self.position = 0  # bytes of events.jsonl that have been read
+
+    def read(self) -> bool:
+        """Copy what the trainer has written since the last time; return whether a new step is among it."""
+        try:
+            with open(self.directory / "events.jsonl", "rb") as file:
+                file.seek(self.position)
+                new = file.read()
+        except FileNotFoundError:
+            return False
+        if not new:
+            return False
+        read, steps, changes = 0, 0, Document()
+        with self.store.transaction():
+            job = self.store.get(JOB, self.job_id) or {}
+            for line in new.splitlines(keepends=True):
+                try:
+                    report = parse(line)
+                except ValueError:  # half a line, or what a power cut made of it: the trainer writes it anew
+                    break
+                read += len(line)
+                if report["type"] == "update":
+                    changes.update(update(job, report))
+                    continue
+                is_step = report["type"] == "metrics"
+                what = f"step {report['data']['step']}" if is_step else f"{report['created_at']} {report['message']}"
+                added = add_event(self.store, self.job_id, **report, id=event_id(self.job_id, what))
+                steps += added and is_step
+            if changes:
+                self.store.update(JOB, self.job_id, **changes)
+        self.position += read
+        return steps > 0
+
+    def outcome(self) -> Document | None:
+        try:
+            return parse((self.directory / "outcome.json").read_bytes())
+        except FileNotFoundError:
+            return None
+
+    def record_success(self, outcome: Document) -> None:
+        """Make the model, its checkpoints and the result file known, all in one transaction."""
+        store, job_id = self.store, self.job_id
+        with store.transaction():
+            job = store.get(JOB, job_id)
+            if job is None or job["status"] not in ("queued", "running"):  # queued: resumed after its last step
+                return  # cancelled or paused at the last moment
+            name = f"ft:{job['_base']}:local:{job['_suffix']}:{new_id('', 8)}"
+            self.add_model(job, name, self.directory / "adapter")
+            found = self.directory.glob("checkpoints/step-*/metrics.json")
+            saved = [(path.parent, parse(path.read_bytes())) for path in found]
+            for adapter, checkpoint in sorted(saved, key=lambda pair: pair[1]["step_number"])[-KEPT_CHECKPOINTS:]:
+                model = f"{name}:ckpt-step-{checkpoint['step_number']}"
+                checkpoint |= {"id": new_id("ftckpt_"), "object": CHECKPOINT, "fine_tuning_job_id": job_id}
+                store.add({**checkpoint, "fine_tuned_model_checkpoint": model}, job_id)
+                self.add_model(job, model, adapter)
+            with open(self.directory / "result.csv", "rb") as results:
+                file = add_file(store, results, "step_metrics.csv", "fine-tune-results",
+                                id=job_id.replace("ftjob-", "file-"))  # recorded again, it is the same  # fmt: skip
+            add_event(store, job_id, f"New fine-tuned model created: {name}")
+            add_event(store, job_id, "The job has successfully completed")
+            end = {"status": "succeeded", "finished_at": now(), "estimated_finish": None, "fine_tuned_model": name}
+            trained = {"trained_tokens": outcome["trained_tokens"], "result_files": [file["id"]]}
+            store.update(JOB, job_id, **end, **trained)
+
+    def add_model(self, job: Document, name: str, adapter: Path) -> None:
+        where = adapter.relative_to(self.store.data_dir).as_posix()
+        model = {"id": name, "object": MODEL, "created": now(), "owned_by": "local"}
+        self.store.add({**model, "_base": job["_base"], "_adapter": where}, job["id"])
+
+
+def update(job: Document, report: Document) -> Document:
+    changes: Document = {}
+    if resolved := report.get("hyperparameters"):
+        changes["hyperparameters"] = {**job["hyperparameters"], **resolved}
+        changes["method"] = {"type": "supervised", "supervised": {"hyperparameters": changes["hyperparameters"]}}
+    if report.get("estimated_finish") and job["status"] == "running":
+        changes["estimated_finish"] = int(report["estimated_finish"])
+    return changes
+
+
+def event_id(job_id: str, what: str) -> str:
+    """Return the id of an event of which a job can have only one."""
+    return "ftevent-" + hashlib.sha256(f"{job_id} {what}".encode()).hexdigest()[:24]
+
+
+def parse(text: bytes) -> Document:
+    return json.loads(text, parse_constant=lambda constant: None)  # JSON knows no NaN and no Infinity
