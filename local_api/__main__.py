@@ -30,6 +30,7 @@ try:
     from local_api import base_models, vocabulary
     from local_api.app import LOOPBACK, TRAINER_COMMAND, Settings, create_app
     from local_api.processes import stop_processes
+    from local_api.store import StoreError
 except ModuleNotFoundError as missing:
     print(f"The package {missing.name} is missing: pip install -r requirements.txt -r local_api/requirements.txt",
           file=sys.stderr)  # fmt: skip
@@ -121,7 +122,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         with listener:
             serve(args, listener)
-    except base_models.ModelUnavailable as error:
+    except (base_models.ModelUnavailable, StoreError) as error:
         return refuse(str(error))
     return 0  # and with the process goes its lock
 

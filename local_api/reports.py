@@ -4,13 +4,12 @@ All of it can be read and recorded again at any time: an event's id follows from
 report a step again, and each is in the store once, whatever a kill or a power cut has left of the files.
 """
 
-import hashlib
 import json
 from pathlib import Path
 
 from local_api.files import add_file
 from local_api.jobs import add_event
-from local_api.store import CHECKPOINT, JOB, MODEL, Document, Store, new_id, now
+from local_api.store import CHECKPOINT, JOB, MODEL, Document, Store, event_id, new_id, now
 from local_api.train import KEPT_CHECKPOINTS
 
 
@@ -97,11 +96,6 @@ def update(job: Document, report: Document) -> Document:
     if report.get("estimated_finish") and job["status"] == "running":
         changes["estimated_finish"] = int(report["estimated_finish"])
     return changes
-
-
-def event_id(job_id: str, what: str) -> str:
-    """Return the id of an event of which a job can have only one."""
-    return "ftevent-" + hashlib.sha256(f"{job_id} {what}".encode()).hexdigest()[:24]
 
 
 def parse(text: bytes) -> Document:

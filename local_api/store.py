@@ -4,12 +4,15 @@ DATA_DIR/state.sqlite3   every file, job, event, checkpoint and model, as the JS
 DATA_DIR/files/ID        the bytes of an uploaded or a result file
 DATA_DIR/jobs/ID/        the directory of a job (local_api/worker.py says what it holds)
 DATA_DIR/tmp/            what is being written; emptied at each start
+DATA_DIR/strays/         files and jobs that the database does not know; they come back when it does
 
 A document's keys that begin with "_" are the server's own and never leave it. Each write is one transaction that is
 on disk (WAL, synchronous=FULL) before the client hears of it; bytes are complete under their name or not there at all.
 """
 
+import hashlib
 import json
+import logging
 import os
 import secrets
 import shutil
@@ -29,18 +32,21 @@ from local_api.errors import APIError
 # The API's `object` names the kind.
 FILE, UPLOAD, PART, MODEL = "file", "upload", "upload.part", "model"
 JOB, EVENT, CHECKPOINT = "fine_tuning.job", "fine_tuning.job.event", "fine_tuning.job.checkpoint"
-SCHEMA = """
-CREATE TABLE IF NOT EXISTS objects (
+VERSION = 1  # of what follows and of the documents in it; 0 knew the trainer's events by their place in its file
+SCHEMA = (
+    """CREATE TABLE objects (
     seq INTEGER PRIMARY KEY AUTOINCREMENT,  -- the order of creation, which all lists follow
     id TEXT NOT NULL UNIQUE,
     kind TEXT NOT NULL,
     parent_id TEXT,                         -- of an event, checkpoint or model its job, of a part its upload
     document TEXT NOT NULL
-);
-CREATE INDEX IF NOT EXISTS objects_of_kind ON objects (kind, parent_id, seq);
-"""
-
+)""",
+    "CREATE INDEX objects_of_kind ON objects (kind, parent_id, seq)",
+)
+CURE = "put a copy of it back, or move it away: a new one is made, and nothing beside it is deleted"
 LOCK_SECONDS = 30.0  # how long a write waits for another's to end
+
+log = logging.getLogger("local_api")
 
 Document = dict[str, Any]
 
@@ -53,9 +59,18 @@ def new_id(prefix: str, length: int = 24) -> str:
     return prefix + "".join(secrets.choice(string.ascii_letters + string.digits) for _ in range(length))
 
 
+def event_id(job_id: str, what: str) -> str:
+    """Return the id of an event of which a job can have only one."""
+    return "ftevent-" + hashlib.sha256(f"{job_id} {what}".encode()).hexdigest()[:24]
+
+
 def public(document: Document) -> Document:
     """Return what of a document the API shows."""
     return {key: value for key, value in document.items() if not key.startswith("_")}
+
+
+class StoreError(Exception):
+    """The database cannot be used; the message is a sentence that says why and what to do."""
 
 
 class Store:
@@ -65,6 +80,7 @@ class Store:
     """
 
     def __init__(self, data_dir: Path):
+        """Open the store, an empty one if there is none; StoreError if the database is not one of this server's."""
         self.data_dir = data_dir
         self.temporary = data_dir / "tmp"
         shutil.rmtree(self.temporary, ignore_errors=True)
@@ -72,11 +88,15 @@ class Store:
             directory.mkdir(parents=True, exist_ok=True)
         self._thread = threading.local()  # .db: the connection of the transaction that this thread is in
         self._idle: list[sqlite3.Connection] = []
-        database_is_new = not (data_dir / "state.sqlite3").exists()
-        with self._connection() as db:
-            db.executescript(SCHEMA)
-        if not database_is_new:  # where the database was lost, the bytes are all that is left: keep them
-            self._remove_strays()
+        path = data_dir / "state.sqlite3"
+        try:
+            with self._connection() as db:
+                prepare(db, path)
+        except sqlite3.OperationalError as error:  # a full disk, a lock
+            raise StoreError(f"{path} cannot be used ({error}).") from None
+        except sqlite3.DatabaseError as error:
+            raise StoreError(f"{path} is damaged ({error}); {CURE}.") from None
+        self._move_strays()
 
     @contextmanager
     def _connection(self) -> Iterator[sqlite3.Connection]:
@@ -100,12 +120,22 @@ class Store:
         while self._idle:
             self._idle.pop().close()
 
-    def _remove_strays(self) -> None:
-        """Delete bytes that were written in full when the process was killed before it recorded them."""
+    def _move_strays(self) -> None:
+        """Move to strays/ what the database does not know, and back what it knows (again). Nothing is deleted.
+
+        A kill between writing bytes and recording them leaves such strays; so does a database that was lost.
+        """
         known = {row[0] for row in self._query("SELECT id FROM objects WHERE kind IN (?, ?, ?)", (FILE, JOB, PART))}
-        for path in [*(self.data_dir / "files").iterdir(), *(self.data_dir / "jobs").iterdir()]:
-            if path.name not in known:
-                shutil.rmtree(path) if path.is_dir() else path.unlink()
+        moved = []
+        for folder in ("files", "jobs"):
+            here, strays = self.data_dir / folder, self.data_dir / "strays" / folder
+            strays.mkdir(parents=True, exist_ok=True)
+            moved += [move(path, strays) for path in here.iterdir() if path.name not in known]
+            for path in strays.iterdir():
+                if path.name in known and not (here / path.name).exists():
+                    move(path, here)
+        if moved:
+            log.warning("Not in the database, so moved to %s: %s", self.data_dir / "strays", ", ".join(moved))
 
     @contextmanager
     def transaction(self) -> Iterator[None]:
@@ -199,6 +229,58 @@ class Store:
             flush_directory(path.parent)
         finally:
             unfinished.unlink(missing_ok=True)
+
+
+def prepare(db: sqlite3.Connection, path: Path) -> None:
+    """Make the tables, or bring those of an older version up to date: in one transaction, after a copy."""
+    found = db.execute("PRAGMA quick_check(1)").fetchone()[0]
+    if found != "ok":
+        raise sqlite3.DatabaseError(found)
+    tables = {row[0] for row in db.execute("SELECT name FROM sqlite_master WHERE name NOT LIKE 'sqlite_%'")}
+    if not tables <= {"objects", "objects_of_kind"}:
+        raise StoreError(f"{path} is not a database of this server; {CURE}.")
+    version = db.execute("PRAGMA user_version").fetchone()[0]
+    if version > VERSION:
+        raise StoreError(f"{path} was written by a newer version of this server; start that one.")
+    if version == VERSION:
+        return
+    if tables:
+        copy = path.with_name(f"{path.name}.version-{version}")
+        copy.unlink(missing_ok=True)
+        db.execute("VACUUM INTO ?", (str(copy),))
+        log.warning("%s is brought from version %s to %s; a copy of it stays as %s", path, version, VERSION, copy.name)
+    db.execute("BEGIN IMMEDIATE")
+    try:
+        if tables:
+            upgrade(db)
+        else:
+            for statement in SCHEMA:
+                db.execute(statement)
+        db.execute(f"PRAGMA user_version = {VERSION}")
+        db.execute("COMMIT")
+    finally:
+        if db.in_transaction:
+            db.execute("ROLLBACK")
+
+
+def upgrade(db: sqlite3.Connection) -> None:
+    """0 to 1: what a trainer has reported is known by the id of its event."""
+    events = db.execute("SELECT seq, parent_id, document FROM objects WHERE kind = ?", (EVENT,)).fetchall()
+    for seq, job_id, text in events:
+        event = json.loads(text)
+        if event["type"] == "metrics":
+            event["id"] = event_id(job_id, f"step {event['data']['step']}")
+            values = (event["id"], json.dumps(event), seq)
+            db.execute("UPDATE OR IGNORE objects SET id = ?, document = ? WHERE seq = ?", values)
+
+
+def move(path: Path, folder: Path) -> str:
+    """Move a file or a directory into a folder, beside what may have its name there; return its name."""
+    target = folder / path.name
+    while target.exists():
+        target = folder / f"{path.name}.{new_id('', 4)}"
+    path.rename(target)
+    return path.name
 
 
 def flush_directory(directory: Path) -> None:

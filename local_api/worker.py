@@ -40,8 +40,8 @@ from local_api.errors import explain
 from local_api.jobs import add_event
 from local_api.models import Models
 from local_api.processes import STOP_SECONDS, TRY_LATER, stop_processes, trainer_of
-from local_api.reports import Reports, event_id
-from local_api.store import JOB, Document, Store, now
+from local_api.reports import Reports
+from local_api.store import JOB, Document, Store, event_id, now
 from local_api.validation import JobFailed, validate
 
 POLL_SECONDS = 0.2

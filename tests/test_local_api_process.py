@@ -133,6 +133,14 @@ def test_what_cannot_be_served_is_refused_at_once(tmp_path):
     assert "--launcher nothing: there is no such command" in refused(tmp_path, "--launcher", "nothing launch")
 
 
+def test_a_damaged_database_is_a_sentence_and_exit_code_2(tmp_path):
+    (tmp_path / "data" / "files").mkdir(parents=True)
+    (tmp_path / "data" / "files" / "file-1").write_bytes(b"x")
+    (tmp_path / "data" / "state.sqlite3").write_bytes(b"garbage " * 1000)
+    assert "state.sqlite3 is damaged (file is not a database); put a copy" in refused(tmp_path, "--port", "0")
+    assert (tmp_path / "data" / "files" / "file-1").exists()
+
+
 def test_a_launcher_whose_quotes_do_not_end_is_a_usage_error(capsys):
     with pytest.raises(SystemExit, match="2"):
         build_parser().parse_args(["--launcher", "'x"])

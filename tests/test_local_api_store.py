@@ -1,5 +1,7 @@
 """Properties of the store: paging and filters against a plain list, transactions under threads, atomic files."""
 
+import shutil
+import sqlite3
 import threading
 
 import pytest
@@ -7,7 +9,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from local_api.jobs import metadata_filter
-from local_api.store import EVENT, JOB, Store, public
+from local_api.store import EVENT, JOB, Store, StoreError, event_id, public
 
 TEXT = st.text(st.characters(exclude_characters="\0", exclude_categories=["Cs"]), max_size=8)
 METADATA = st.none() | st.dictionaries(TEXT, TEXT, max_size=3)
@@ -109,21 +111,90 @@ def test_a_file_appears_whole_or_not_at_all(store):
     assert path.read_bytes() == b"whole"
 
 
-def test_strays_are_removed_at_start_but_never_with_a_lost_database(tmp_path):
+def test_a_start_moves_strays_and_deletes_nothing(tmp_path, caplog):
     first = Store(tmp_path)
     first.add({"object": "file", "id": "known"})
     first.close()
     for name in ("known", "stray"):
         (tmp_path / "files" / name).write_bytes(b"x")
-    (tmp_path / "jobs" / "stray").mkdir()
+    (tmp_path / "jobs" / "ftjob-stray").mkdir()
     (tmp_path / "tmp" / "unfinished").write_bytes(b"x")
     Store(tmp_path).close()
     assert [path.name for path in (tmp_path / "files").iterdir()] == ["known"]
+    assert (tmp_path / "strays" / "files" / "stray").exists() and (
+        tmp_path / "strays" / "jobs" / "ftjob-stray"
+    ).is_dir()
+    assert [record.getMessage() for record in caplog.records] == [
+        f"Not in the database, so moved to {tmp_path / 'strays'}: stray, ftjob-stray"
+    ]
     assert not list((tmp_path / "jobs").iterdir()) and not list((tmp_path / "tmp").iterdir())
-    for path in tmp_path.glob("state.sqlite3*"):
-        path.unlink()
-    Store(tmp_path).close()
-    assert (tmp_path / "files" / "known").exists()
+
+
+@pytest.mark.parametrize("lost", ["gone", "empty", "older"])
+def test_with_a_lost_database_nothing_goes_and_with_the_right_one_all_is_back(tmp_path, lost):
+    database, saved, older = (tmp_path / name for name in ("state.sqlite3", "saved", "older"))
+    first = Store(tmp_path)
+    first.close()
+    shutil.copy(database, older)
+    first.add({"object": "file", "id": "file-1"})
+    first.add({"object": JOB, "id": "ftjob-1"})
+    first.close()
+    (tmp_path / "files" / "file-1").write_bytes(b"x")
+    (tmp_path / "jobs" / "ftjob-1").mkdir()
+    (tmp_path / "jobs" / "ftjob-1" / "resume.pt").write_bytes(b"work")
+    shutil.copy(database, saved)
+    for _ in range(2):
+        if lost == "older":
+            shutil.copy(older, database)
+        else:
+            database.unlink()
+            database.write_bytes(b"") if lost == "empty" else None
+        Store(tmp_path).close()
+        assert (tmp_path / "strays" / "jobs" / "ftjob-1" / "resume.pt").read_bytes() == b"work"
+        shutil.copy(saved, database)
+        Store(tmp_path).close()
+        assert (tmp_path / "jobs" / "ftjob-1" / "resume.pt").read_bytes() == b"work"
+        assert (tmp_path / "files" / "file-1").exists()
+
+
+def test_a_database_that_cannot_be_used_is_a_sentence_and_nothing_is_touched(tmp_path):
+    store = Store(tmp_path)
+    for number in range(300):
+        store.add({"object": "file", "id": f"file-{number}", "filename": "x" * 100})
+    store.close()
+    (tmp_path / "files" / "file-1").write_bytes(b"x")
+    database = tmp_path / "state.sqlite3"
+    whole = database.read_bytes()
+    for content, said in ((b"not a database at all" * 100, "is damaged"), (whole[: len(whole) // 2], "is damaged")):
+        database.write_bytes(content)
+        with pytest.raises(StoreError, match=said):
+            Store(tmp_path)
+        assert database.read_bytes() == content and (tmp_path / "files" / "file-1").exists()
+    for sql, said in (
+        ("CREATE TABLE notes (text)", "not a database of this server"),
+        ("PRAGMA user_version = 99", "newer"),
+    ):
+        database.unlink()
+        with sqlite3.connect(database) as other:
+            other.execute(sql)
+        with pytest.raises(StoreError, match=said):
+            Store(tmp_path)
+        assert (tmp_path / "files" / "file-1").exists()
+
+
+def test_a_database_of_the_first_version_is_upgraded_after_a_copy(tmp_path):
+    store = Store(tmp_path)
+    store.add({"object": JOB, "id": "ftjob-1"})
+    event = {"object": EVENT, "id": "ftevent-random", "type": "metrics", "data": {"step": 3}}
+    store.add(event, "ftjob-1")
+    store._query("PRAGMA user_version = 0")
+    store.close()
+    store = Store(tmp_path)
+    assert store.find(EVENT) == [{**event, "id": event_id("ftjob-1", "step 3")}]
+    with sqlite3.connect(tmp_path / "state.sqlite3.version-0") as copy:
+        assert copy.execute("SELECT id FROM objects WHERE kind = ?", (EVENT,)).fetchall() == [("ftevent-random",)]
+    store.close()
+    assert not Store(tmp_path).add_once(store.get(EVENT, event_id("ftjob-1", "step 3")), "ftjob-1")
 
 
 def test_the_servers_own_keys_stay_with_it():
