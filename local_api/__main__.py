@@ -28,7 +28,7 @@ try:
     from filelock import FileLock, Timeout
 
     from local_api import base_models, vocabulary
-    from local_api.app import LOOPBACK, TRAINER_COMMAND, Settings, create_app
+    from local_api.app import LOOPBACK, TRAINER_COMMAND, Connection, RepeatedLines, Settings, create_app
     from local_api.processes import stop_processes
     from local_api.store import StoreError
 except ModuleNotFoundError as missing:
@@ -97,6 +97,7 @@ def main(argv: list[str] | None = None) -> int:
         return validation.main(["--check", args.check])
     base_models.share_processor(base_models.BUSY_LOOPS)
     logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
+    logging.getLogger().handlers[0].addFilter(RepeatedLines())
     args.api_key = args.api_key or os.environ.get("LOCAL_API_KEY") or None
     if args.host not in LOOPBACK and not args.api_key:
         return refuse(f"--host {args.host} lets other machines in: set LOCAL_API_KEY to the key that they must send.")
@@ -163,8 +164,9 @@ def serve(args: argparse.Namespace, listener: socket.socket) -> None:
         f"  data          {args.data_dir.resolve()}\n"
         f"  stop          Ctrl-C; files, jobs and models stay, a running job goes on at the next start"
     )
-    config = uvicorn.Config(app, log_config=None, log_level="warning", access_log=False, server_header=False,
-                            proxy_headers=False, timeout_graceful_shutdown=ANSWER_SECONDS)  # fmt: skip
+    config = uvicorn.Config(app, http=Connection, log_config=None, log_level="warning", access_log=False,
+                            server_header=False, proxy_headers=False,
+                            timeout_graceful_shutdown=ANSWER_SECONDS)  # fmt: skip
     server = Server(config, ready, app)
     if hasattr(signal, "SIGHUP"):  # the terminal was closed
         signal.signal(signal.SIGHUP, server.handle_exit)

@@ -22,7 +22,7 @@ from local_api.base_models import ModelUnavailable
 from local_api.engine import Engine
 from local_api.errors import APIError, explain, model_not_found
 from local_api.generation import EngineError, GenerationRequest
-from local_api.shapes import Parameters
+from local_api.shapes import Metadata, Parameters
 from local_api.store import Document
 
 log = logging.getLogger("local_api")
@@ -50,7 +50,7 @@ class AnswerParameters(Parameters):
     prompt_cache_key: str | None = None
     prompt_cache_retention: str | None = None
     prompt_cache_options: Any = None
-    metadata: dict[str, str] | None = None
+    metadata: Metadata = None
     service_tier: Literal["auto", "default", "flex", "scale", "priority"] | None = None  # answered by the default one
     parallel_tool_calls: bool | None = None
 

@@ -17,6 +17,7 @@ from fastapi import FastAPI
 from starlette.datastructures import Headers
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from local_api import answers, base_models, chat, errors, files, jobs, models, page, responses, uploads
 from local_api.errors import APIError
@@ -24,6 +25,7 @@ from local_api.store import Store, new_id
 from local_api.worker import Worker
 
 MAX_JSON_BYTES = 16 * 1024 * 1024
+HEAD_SECONDS = 30.0  # what a connection gets to send the head of a request
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 TRAINER_COMMAND = (sys.executable, "-m", "local_api.train")
 
@@ -152,13 +154,13 @@ class Guard:
     def check(self, scope: Scope, headers: Headers, limit: int) -> None:
         """Raise the APIError with which this request is refused, if it is."""
         host = headers.get("host", "")
-        if self.hosts is not None and hostname(f"//{host}") not in self.hosts:
+        if self.hosts is not None and address(f"//{host}", "hostname") not in self.hosts:
             raise APIError(403, f"This server does not answer to the host name '{host}' (--allow-host).",
                            code="forbidden_host")  # fmt: skip
         origin = headers.get("origin")
         if origin is not None and origin in self.origins:
             origin = None
-        foreign = origin is not None and urlsplit(origin).netloc != host
+        foreign = origin is not None and address(origin) != host
         # A link to the page, as in README on another site, may be followed; it shows nothing to the site it is on.
         followed = scope["path"] == "/" and headers.get("sec-fetch-dest") == "document"
         elsewhere = headers.get("sec-fetch-site", "none") not in ("none", "same-origin")
@@ -191,6 +193,46 @@ class Guard:
             raise APIError(401, "Incorrect API key provided.", code="invalid_api_key")
 
 
+class Connection(H11Protocol):
+    """A connection, which is closed when it has sent no whole head of a request for HEAD_SECONDS."""
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        self.loop.call_later(HEAD_SECONDS, self.close_without_request, self.cycle)
+
+    def on_response_complete(self) -> None:
+        before = self.cycle
+        super().on_response_complete()
+        self.loop.call_later(HEAD_SECONDS, self.close_without_request, before)
+
+    def close_without_request(self, last: Any) -> None:
+        if self.cycle is last:
+            self.transport.close()
+
+
+class RepeatedLines(logging.Filter):
+    """Lets the same warning or error through once a minute, and says then how often it came meanwhile."""
+
+    def __init__(self, seconds: float = 60):
+        super().__init__()
+        self.seconds, self.seen = seconds, dict[str, list[float]]()
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        if record.levelno < logging.WARNING:
+            return True
+        text, moment = record.getMessage(), time.monotonic()
+        since, count = self.seen.get(text, (moment, 0))
+        if count and moment - since < self.seconds:
+            self.seen[text][1] += 1
+            return False
+        if len(self.seen) > 1000:
+            self.seen.clear()
+        self.seen[text] = [moment, 1]
+        if count > 1:
+            record.msg, record.args = f"{text} (and {count - 1:.0f} times before)", None
+        return True
+
+
 def body_limit(path: str) -> int:
     if path.startswith("/v1/files"):
         return files.MAX_FILE_BYTES + 2**20
@@ -199,10 +241,10 @@ def body_limit(path: str) -> int:
     return MAX_JSON_BYTES
 
 
-def hostname(address: str) -> str | None:
+def address(url: str, part: str = "netloc") -> str | None:
     try:
-        return urlsplit(address).hostname
-    except ValueError:
+        return getattr(urlsplit(url), part)
+    except ValueError:  # http://[::1
         return None
 
 

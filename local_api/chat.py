@@ -63,12 +63,12 @@ class ChatRequest(AnswerParameters):
         "tools": TEXT_ALONE,
     }
 
-    messages: Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES)]
+    messages: Annotated[list[Message], Field(fail_fast=True, min_length=1, max_length=MAX_MESSAGES)]
     stream_options: StreamOptions | None = None
     n: Annotated[int | None, Field(ge=1, le=MAX_GENERATIONS)] = None
     max_tokens: Annotated[int | None, Field(ge=1)] = None
     max_completion_tokens: Annotated[int | None, Field(ge=1)] = None
-    stop: Annotated[Annotated[list[str], Field(max_length=4)] | None, BeforeValidator(as_list)] = None
+    stop: Annotated[Annotated[list[str], Field(fail_fast=True, max_length=4)] | None, BeforeValidator(as_list)] = None
     seed: Annotated[int | None, Field(ge=-(2**63), lt=2**63)] = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int | None, Field(ge=0, le=20)] = None

@@ -99,9 +99,6 @@ def parameter_name(location: tuple[int | str, ...]) -> str | None:
 def invalid_parameter(problem: dict[str, Any]) -> APIError:
     """Put one of pydantic's complaints into the API's words: 400, with `param` and `code`."""
     kind, param = problem["type"], parameter_name(problem["loc"])
-    if kind == "string_unicode":
-        message = "The request holds text that is not valid Unicode (half a surrogate pair)."
-        return APIError(400, message, param=param, code="invalid_value")
     if kind == "json_invalid" or param is None:
         return APIError(400, "We could not parse the JSON body of your request: send an object, with the header "
                              "Content-Type: application/json.")  # fmt: skip

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from functools import partial
 from pathlib import Path
 from typing import IO, Annotated, Any, Literal
 
@@ -14,6 +15,7 @@ from local_api.shapes import Page, Router, page
 from local_api.store import FILE, Document, Store, StoreOfRequest, new_id, now, public
 
 MAX_FILE_BYTES = 512 * 1024 * 1024  # the API's limit
+MAX_LINE_BYTES = 16 * 1024 * 1024
 Purpose = Literal["assistants", "batch", "fine-tune", "vision", "user_data", "evals"]
 
 router = Router(prefix="/v1/files", tags=["Files"])
@@ -43,12 +45,11 @@ def create_file(
         check_jsonl(file.file)
     if seconds is None and purpose == "batch":
         seconds = 30 * 24 * 3600  # the API's default for batch files; all others stay until they are deleted
-    return public(add_file(store, file.file, file.filename or "upload", purpose, expires_after=seconds))
+    return public(add_file(store, file.file, new_file(file.filename or "upload", purpose, seconds)))
 
 
-def add_file(store: Store, content: IO[bytes], filename: str, purpose: str, *, expires_after: int | None = None,
-             **private: Any) -> Document:  # fmt: skip
-    """Copy `content` into the store and return the new file's document; `private`: more of its fields."""
+def new_file(filename: str, purpose: str, expires_after: int | None = None, **private: Any) -> Document:
+    """Return the document of a file that is still to be written; `private`: more of its fields."""
     document = {
         "id": new_id("file-"),
         "object": FILE,
@@ -61,6 +62,11 @@ def add_file(store: Store, content: IO[bytes], filename: str, purpose: str, *, e
     }
     if expires_after:
         document["expires_at"] = document["created_at"] + expires_after
+    return document
+
+
+def add_file(store: Store, content: IO[bytes], document: Document) -> Document:
+    """Copy `content` into the store and return its document, as it is recorded."""
     content.seek(0)
     with store.writing(store.file_path(document["id"])) as copy:
         shutil.copyfileobj(content, copy, 1024 * 1024)
@@ -76,7 +82,10 @@ def check_jsonl(content: IO[bytes]) -> None:
     """Refuse what is not one JSON object a line; what the objects must hold is judged when a job uses the file."""
     content.seek(0)
     lines = 0
-    for number, line in enumerate(content, 1):
+    for number, line in enumerate(iter(partial(content.readline, MAX_LINE_BYTES + 1), b""), 1):
+        if len(line) > MAX_LINE_BYTES:
+            message = f"Line {number} of the file is longer than {MAX_LINE_BYTES // 2**20} MB."
+            raise APIError(400, message, param="file")
         text = line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line
         if not text.strip():
             continue

@@ -18,7 +18,7 @@ from pydantic_core import PydanticCustomError
 from local_api.errors import APIError
 from local_api.files import find_file
 from local_api.models import Models, find_model
-from local_api.shapes import Page, Parameters, Router, page
+from local_api.shapes import MAX_PAIRS, Metadata, Page, Parameters, Router, page
 from local_api.store import CHECKPOINT, EVENT, JOB, Document, Store, StoreOfRequest, new_id, now, public
 
 MAX_WAITING_JOBS = 100
@@ -41,15 +41,6 @@ def auto_or(kind: type, least: float, most: float | None, in_words: str) -> Any:
         raise PydanticCustomError("value_error", "expected {expected}", {"expected": in_words})
 
     return Annotated[Literal["auto"] | kind, BeforeValidator(check)]
-
-
-def check_metadata(metadata: dict[str, str] | None) -> dict[str, str] | None:
-    for key, value in (metadata or {}).items():
-        if len(key) > 64 or len(value) > 512:
-            raise ValueError("a key has at most 64 characters and a value at most 512")
-    if metadata and len(metadata) > 16:
-        raise ValueError("at most 16 pairs are allowed")
-    return metadata
 
 
 class Hyperparameters(Parameters):
@@ -81,7 +72,7 @@ class JobRequest(Parameters):
     method: Method | None = None
     suffix: Annotated[str | None, Field(min_length=1, max_length=64)] = None
     seed: Annotated[int | None, Field(ge=0, le=2147483647)] = None
-    metadata: Annotated[dict[str, str] | None, AfterValidator(check_metadata)] = None
+    metadata: Metadata = None
     integrations: list[Any] | None = None
 
 
@@ -210,6 +201,9 @@ def metadata_filter(request: Request) -> tuple[str, tuple[str, ...]]:
         elif name.startswith("metadata[") and name.endswith("]"):
             conditions.append("EXISTS (SELECT 1 FROM json_each(document, '$.metadata') WHERE key = ? AND value = ?)")
             parameters += [name[len("metadata[") : -1], value]
+        if len(conditions) > MAX_PAIRS + 1:
+            raise APIError(400, f"At most {MAX_PAIRS} pairs of 'metadata' are allowed.", param="metadata",
+                           code="invalid_value")  # fmt: skip
     return " AND ".join(conditions), tuple(parameters)
 
 

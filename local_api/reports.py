@@ -7,7 +7,7 @@ report a step again, and each is in the store once, whatever a kill or a power c
 import json
 from pathlib import Path
 
-from local_api.files import add_file
+from local_api.files import add_file, new_file
 from local_api.jobs import add_event
 from local_api.store import CHECKPOINT, JOB, MODEL, Document, Store, event_id, new_id, now
 from local_api.train import KEPT_CHECKPOINTS
@@ -74,8 +74,8 @@ class Reports:
                 store.add({**checkpoint, "fine_tuned_model_checkpoint": model}, job_id)
                 self.add_model(job, model, adapter)
             with open(self.directory / "result.csv", "rb") as results:
-                file = add_file(store, results, "step_metrics.csv", "fine-tune-results",
-                                id=job_id.replace("ftjob-", "file-"))  # recorded again, it is the same  # fmt: skip
+                same_id = {"id": job_id.replace("ftjob-", "file-")}  # when it is recorded again
+                file = add_file(store, results, new_file("step_metrics.csv", "fine-tune-results", **same_id))
             add_event(store, job_id, f"New fine-tuned model created: {name}")
             add_event(store, job_id, "The job has successfully completed")
             end = {"status": "succeeded", "finished_at": now(), "estimated_finish": None, "fine_tuned_model": name}

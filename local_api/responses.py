@@ -8,7 +8,7 @@ from fastapi import Request
 from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import JSONResponse, StreamingResponse
 from openai.types.responses import Response
-from pydantic import BeforeValidator, Field
+from pydantic import BeforeValidator, FailFast, Field
 
 from local_api.answers import TEXT_ALONE, Answer, AnswerParameters, as_api_error, joined_text
 from local_api.chat import MAX_MESSAGES
@@ -64,7 +64,7 @@ class ResponseRequest(AnswerParameters):
         "store": KEEPS_NOTHING, "tool_choice": TEXT_ALONE, "tools": TEXT_ALONE,
     }  # fmt: skip
 
-    input: Annotated[list[Item], BeforeValidator(as_items), Field(min_length=1, max_length=MAX_MESSAGES)]
+    input: Annotated[list[Item], FailFast(), BeforeValidator(as_items), Field(min_length=1, max_length=MAX_MESSAGES)]
     instructions: str | None = None
     max_output_tokens: Annotated[int | None, Field(ge=1)] = None
     text: Text | None = None

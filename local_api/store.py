@@ -221,7 +221,7 @@ class Store:
         """Yield a file that appears under `path`, complete and flushed to disk, if the block ends without error."""
         unfinished = self.temporary / new_id("")
         try:
-            with open(unfinished, "wb") as file:
+            with open(unfinished, "w+b") as file:
                 yield file
                 file.flush()
                 os.fsync(file.fileno())

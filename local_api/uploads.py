@@ -1,8 +1,10 @@
 """/v1/uploads: a large file in parts, up to 8 GB, which becomes a file when it is complete."""
 
+import contextlib
 import hashlib
+import os
 import shutil
-from typing import Annotated, Literal
+from typing import IO, Annotated, Literal
 
 from fastapi import UploadFile
 from openai.types import Upload
@@ -10,7 +12,7 @@ from openai.types.uploads import UploadPart
 from pydantic import Field
 
 from local_api.errors import APIError, not_found
-from local_api.files import File, Purpose, add_file, check_jsonl
+from local_api.files import File, Purpose, check_jsonl, new_file
 from local_api.shapes import Parameters, Router
 from local_api.store import PART, UPLOAD, Document, Store, StoreOfRequest, new_id, now, public
 
@@ -35,7 +37,7 @@ class UploadRequest(Parameters):
 
 
 class CompleteRequest(Parameters):
-    part_ids: Annotated[list[str], Field(min_length=1)]
+    part_ids: Annotated[list[str], Field(fail_fast=True, min_length=1)]
     md5: str | None = None
 
 
@@ -47,7 +49,8 @@ class CompletedUpload(Upload):
 def create_upload(store: StoreOfRequest, asked: UploadRequest) -> Document:
     for old in store.find(UPLOAD, "json_extract(document, '$.expires_at') <= ?", (now(),)):
         if old["status"] == "pending":
-            end_upload(store, old["id"], status="expired")
+            with contextlib.suppress(APIError):  # it ends in this very moment
+                end_upload(store, old["id"], "expired")
     lifetime = asked.expires_after.seconds if asked.expires_after else None
     return public(store.add({
         "id": new_id("upload_"),
@@ -68,19 +71,28 @@ def pending_upload(store: Store, upload_id: str) -> Document:
     if upload is None:
         raise not_found("Upload object", upload_id)
     if upload["status"] == "pending" and upload["expires_at"] <= now():
-        upload = end_upload(store, upload_id, status="expired")
+        upload = end_upload(store, upload_id, "expired")
+    return must_be_pending(upload)
+
+
+def must_be_pending(upload: Document) -> Document:
     if upload["status"] != "pending":
-        raise APIError(400, f"Upload {upload_id} is {upload['status']}.", code="invalid_status")
+        raise APIError(400, f"Upload {upload['id']} is {upload['status']}.", code="invalid_status")
     return upload
 
 
-def end_upload(store: Store, upload_id: str, **changes: object) -> Document:
-    """Give the upload its last status and delete its parts."""
+def end_upload(store: Store, upload_id: str, status: str, file: Document | None = None) -> Document:
+    """Give a pending upload its last status, record its file if it has one, and delete its parts.
+
+    Of several requests that end the same upload one succeeds; the others get the API's error.
+    """
     with store.transaction():
+        must_be_pending(store.get(UPLOAD, upload_id) or {"id": upload_id, "status": "gone"})
         parts = store.find(PART, "parent_id = ?", (upload_id,))
         for part in parts:
             store.delete(PART, part["id"])
-        upload = store.update(UPLOAD, upload_id, **changes)
+        changes = {"file": public(store.add(file))} if file else {}
+        upload = store.update(UPLOAD, upload_id, status=status, **changes)
     for part in parts:
         store.file_path(part["id"]).unlink(missing_ok=True)
     return upload
@@ -94,7 +106,13 @@ def add_part(store: StoreOfRequest, upload_id: str, data: UploadFile) -> Documen
         shutil.copyfileobj(data.file, copy, 2**20)
         if copy.tell() > MAX_PART_BYTES:
             raise APIError(413, f"A part has at most {MAX_PART_BYTES // 2**20} MB.", param="data")
-    return store.add(part, upload_id)
+    try:
+        with store.transaction():
+            must_be_pending(store.get(UPLOAD, upload_id) or {"id": upload_id, "status": "gone"})
+            return store.add(part, upload_id)
+    except Exception:
+        store.file_path(part["id"]).unlink(missing_ok=True)
+        raise
 
 
 @router.post("/{upload_id}/complete", response_model=CompletedUpload)
@@ -105,29 +123,40 @@ def complete_upload(store: StoreOfRequest, upload_id: str, asked: CompleteReques
     for part_id in asked.part_ids:
         if part_id not in known:
             raise APIError(400, f"No part {part_id} was added to this upload.", param="part_ids")
-    joined, md5 = store.temporary / new_id(""), hashlib.md5(usedforsecurity=False)
+    file = new_file(upload["filename"], upload["purpose"], upload["_expires_after"])
+    path = store.file_path(file["id"])
     try:
-        with open(joined, "w+b") as whole:
-            for part_id in asked.part_ids:
-                content = store.file_path(part_id).read_bytes()
-                md5.update(content)
-                whole.write(content)
-            if whole.tell() != upload["bytes"]:
-                raise APIError(400, f"The parts have {whole.tell()} bytes, but {upload['bytes']} were announced.",
-                               param="part_ids")  # fmt: skip
-            if asked.md5 and asked.md5.lower() != md5.hexdigest():
-                raise APIError(400, f"The MD5 of the joined parts is {md5.hexdigest()}.", param="md5")
-            if upload["purpose"] == "fine-tune":
-                check_jsonl(whole)
-            with store.transaction():
-                file = add_file(store, whole, upload["filename"], upload["purpose"],
-                                expires_after=upload["_expires_after"])  # fmt: skip
-                return public(end_upload(store, upload_id, status="completed", file=public(file)))
-    finally:
-        joined.unlink(missing_ok=True)
+        with store.writing(path) as whole:
+            join_parts(store, upload, asked, whole)
+            file["bytes"] = upload["bytes"]
+        return public(end_upload(store, upload_id, "completed", file))
+    except Exception as error:
+        path.unlink(missing_ok=True)
+        if isinstance(error, FileNotFoundError):  # another request has ended the upload, and its parts are gone
+            pending_upload(store, upload_id)
+        raise
+
+
+def join_parts(store: Store, upload: Document, asked: CompleteRequest, whole: IO[bytes]) -> None:
+    """Write the parts one after the other; APIError if they are not what was announced."""
+    size, md5 = 0, hashlib.md5(usedforsecurity=False)
+    for part_id in asked.part_ids:
+        content = store.file_path(part_id).read_bytes()
+        size += len(content)
+        if size > upload["bytes"]:
+            break
+        md5.update(content)
+        whole.write(content)
+    if size != upload["bytes"]:
+        raise APIError(400, f"The parts have {size} bytes, but {upload['bytes']} were announced.", param="part_ids")
+    if asked.md5 and asked.md5.lower() != md5.hexdigest():
+        raise APIError(400, f"The MD5 of the joined parts is {md5.hexdigest()}.", param="md5")
+    if upload["purpose"] == "fine-tune":
+        check_jsonl(whole)
+        whole.seek(0, os.SEEK_END)
 
 
 @router.post("/{upload_id}/cancel", response_model=CompletedUpload)
 def cancel_upload(store: StoreOfRequest, upload_id: str) -> Document:
     pending_upload(store, upload_id)
-    return public(end_upload(store, upload_id, status="cancelled"))
+    return public(end_upload(store, upload_id, "cancelled"))

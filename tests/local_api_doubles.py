@@ -176,14 +176,14 @@ def training_file(first="hello", rows=12):
 def running(data_dir, engine=None, base_models=None, **settings):
     """Run the application with the doubles behind a real socket, in this process; yields (base URL, app)."""
     import uvicorn
-    from local_api.app import Settings, create_app
+    from local_api.app import Connection, Settings, create_app
 
     base_model, trainer = data_dir.parent / "tiny-base", data_dir.parent / "fake_trainer.py"
     base_model.mkdir(exist_ok=True)  # the doubles never look inside
     trainer.write_text(TRAINER)
     app = create_app(Settings(data_dir, base_models=base_models or [str(base_model)], **settings),
                      engine=engine or FakeEngine(), trainer_command=[sys.executable, str(trainer)])  # fmt: skip
-    server = uvicorn.Server(uvicorn.Config(app, port=0, log_config=None, timeout_graceful_shutdown=2))
+    server = uvicorn.Server(uvicorn.Config(app, port=0, http=Connection, log_config=None, timeout_graceful_shutdown=2))
     thread = threading.Thread(target=server.run)
     thread.start()
     try:

@@ -4,16 +4,29 @@ The engine and the trainer are the doubles of local_api_doubles.py.
 """
 
 import errno
+import json
+import logging
 import random
 import shutil
+import socket
 import sqlite3
+import threading
 import time
 
+import httpx2
 import openai
+import pytest
 from local_api_doubles import ENDS, running, training_file, wait_for
 
-from local_api import reports
+from local_api import reports, uploads
+from local_api.app import RepeatedLines
 from local_api.base_models import ModelOutOfReach
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory):
+    with running(tmp_path_factory.mktemp("faults") / "data") as served:
+        yield served
 
 
 def connect(url):
@@ -163,3 +176,145 @@ def test_every_step_is_there_once_after_many_cuts_of_power(tmp_path):
         client = connect(url)
         assert wait_for(job.id, client).status == "succeeded"
         assert steps(client, job) == list(range(1, 11))
+
+
+# --- requests that are too much ---
+
+
+def refusal(answer, param):
+    error = answer.json()["error"]
+    assert answer.status_code == 400 and error["param"] == param and len(error["message"]) < 200
+    return error["message"]
+
+
+@pytest.mark.parametrize("path, body, param", [
+    ("uploads/upload_x/complete", {"part_ids": list(range(90_000))}, "part_ids[0]"),
+    ("uploads/upload_x/complete", {"part_ids": [1] * 200_000}, None),
+    ("chat/completions", {"model": "tiny-base", "messages": [1] * 2000}, "messages[0]"),
+    ("chat/completions", {"model": "tiny-base", "messages": [{"role": "user", "content": "x"}], "stop": [1] * 50_000},
+     "stop[0]"),
+    ("chat/completions", {"model": "tiny-base", "messages": [], "metadata": {str(n): n for n in range(50_000)}},
+     "metadata"),
+    ("responses", {"model": "tiny-base", "input": [[]] * 2000}, "input[0]"),
+    ("fine_tuning/jobs", {"model": "x", "training_file": "x", "metadata": dict.fromkeys(map(str, range(17)), "v")},
+     "metadata"),
+    ("fine_tuning/jobs", {f"p{n}": n for n in range(50_000)}, "p0"),
+    ("chat/completions", [[[0] * 300] * 300] * 3, None),
+])  # fmt: skip
+def test_lists_and_objects_are_bounded_before_their_items_are_looked_at(server, path, body, param):
+    refusal(httpx2.post(f"{server[0]}/v1/{path}", json=body), param)
+
+
+def test_a_large_body_does_not_stop_the_server(server):
+    body, waits = json.dumps({"part_ids": list(range(1_500_000))}).encode(), []
+    headers = {"Content-Type": "application/json"}
+    sending = threading.Thread(target=httpx2.post, args=[f"{server[0]}/v1/uploads/upload_x/complete"],
+                               kwargs={"content": body, "headers": headers, "timeout": 60})  # fmt: skip
+    sending.start()
+    while sending.is_alive():
+        started = time.monotonic()
+        assert httpx2.get(f"{server[0]}/healthz", timeout=60).status_code == 200
+        waits.append(time.monotonic() - started)
+    assert max(waits) < 5, "it was 24 to 84 s"
+
+
+def test_many_metadata_filters_are_refused(server):
+    query = "&".join(f"metadata[k{n}]=v" for n in range(1000))
+    refusal(httpx2.get(f"{server[0]}/v1/fine_tuning/jobs?{query}"), "metadata")
+
+
+def test_a_line_that_does_not_end_is_refused(server, monkeypatch):
+    monkeypatch.setattr("local_api.files.MAX_LINE_BYTES", 1000)
+    content = training_file() + b"\n" + b"[" * 2000
+    answer = httpx2.post(f"{server[0]}/v1/files", data={"purpose": "fine-tune"}, files={"file": content})
+    assert "Line 13 of the file is longer than" in refusal(answer, "file")
+
+
+# --- uploads that several requests end ---
+
+
+def test_an_upload_that_is_completed_three_times_at_once_becomes_one_file(server):
+    client, before = connect(server[0]), len(list(connect(server[0]).files.list()))
+    content, ends = training_file(), []
+
+    def end(action, upload_id, **body):
+        ends.append(httpx2.post(f"{server[0]}/v1/uploads/{upload_id}/{action}", json=body or None).status_code)
+
+    for number in range(10):
+        upload = client.uploads.create(
+            filename="x.jsonl", purpose="fine-tune", bytes=len(content), mime_type="text/plain"
+        )
+        part = client.uploads.parts.create(upload.id, data=content)
+        actions = ["complete"] * 3 if number < 5 else ["complete", "cancel"]
+        threads = [threading.Thread(target=end, args=(action, upload.id),
+                                    kwargs={"part_ids": [part.id]} if action == "complete" else {})
+                   for action in actions]  # fmt: skip
+        ends.clear()
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert sorted(ends)[0] == 200 and set(sorted(ends)[1:]) == {400}, "one request ends it"
+    files = list(client.files.list())
+    assert before + 5 <= len(files) <= before + 10
+    listed, store = {file.id for file in files}, server[1].state.store
+    on_disk = {path.name for path in store.file_path("").iterdir()}
+    assert on_disk == listed and not list(store.temporary.iterdir()), "no part and no second file stays"
+
+
+def test_the_database_is_free_while_parts_are_joined(server, monkeypatch):
+    client, content = connect(server[0]), training_file()
+    upload = client.uploads.create(filename="x.jsonl", purpose="fine-tune", bytes=len(content), mime_type="text/plain")
+    part = client.uploads.parts.create(upload.id, data=content)
+    joining, joined, join_parts = threading.Event(), threading.Event(), uploads.join_parts
+
+    def slow(*arguments):
+        joining.set()
+        assert joined.wait(20)
+        join_parts(*arguments)
+
+    monkeypatch.setattr(uploads, "join_parts", slow)
+    done = []
+    thread = threading.Thread(target=lambda: done.append(client.uploads.complete(upload.id, part_ids=[part.id])))
+    thread.start()
+    assert joining.wait(20)
+    client.files.create(file=("data.jsonl", content), purpose="fine-tune")  # needs a write transaction
+    joined.set()
+    thread.join()
+    assert done[0].status == "completed" and done[0].file.bytes == len(content)
+
+
+# --- connections ---
+
+
+def test_half_open_connections_are_dropped(tmp_path, monkeypatch):
+    monkeypatch.setattr("local_api.app.HEAD_SECONDS", 0.5)
+    with running(tmp_path / "data") as (url, _):
+        host, port = url.removeprefix("http://").split(":")
+        for sent in (b"", b"GET /healthz HTTP/1.1\r\nHost: 127.0.0.1\r\n"):
+            with socket.create_connection((host, int(port)), timeout=10) as connection:
+                connection.sendall(sent)
+                assert connection.recv(10) == b"", "closed by the server"
+        with socket.create_connection((host, int(port)), timeout=10) as connection:
+            head = b"GET /healthz HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n"
+            for _ in range(4):  # longer than the limit: a client that sends whole heads stays
+                connection.sendall(head)
+                assert connection.recv(4000).startswith(b"HTTP/1.1 200")
+                time.sleep(0.2)
+
+
+def test_a_line_of_the_log_that_repeats_is_counted(caplog):
+    counter, said = RepeatedLines(), []
+
+    def say(text, level=logging.ERROR):
+        record = logging.LogRecord("asyncio", level, "", 0, text, None, None)
+        if counter.filter(record):
+            said.append(record.getMessage())
+
+    for _ in range(500):
+        say("socket.accept() out of system resource")
+    say("another"), say("requests are told", logging.INFO), say("requests are told", logging.INFO)
+    counter.seconds = 0.0
+    say("socket.accept() out of system resource")
+    assert said == ["socket.accept() out of system resource", "another", "requests are told", "requests are told",
+                    "socket.accept() out of system resource (and 499 times before)"]  # fmt: skip

@@ -43,6 +43,7 @@ def test_foreign_host_names_are_refused(server, host, status):
     ({"Sec-Fetch-Site": "same-origin"}, 200),
     ({"Origin": "https://evil.example"}, 403),
     ({"Origin": "null"}, 403),
+    ({"Origin": "http://[::1"}, 403),
     ({"Origin": "http://127.0.0.1:1"}, 403),  # a page of another server on this machine
     ({"Sec-Fetch-Site": "cross-site"}, 403),
     ({"Sec-Fetch-Site": "same-site"}, 403),
