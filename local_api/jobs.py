@@ -7,6 +7,7 @@ import os
 import random
 import re
 import shutil
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from fastapi import Query, Request
@@ -15,11 +16,23 @@ from openai.types.fine_tuning.jobs import FineTuningJobCheckpoint
 from pydantic import AfterValidator, BeforeValidator, Field
 from pydantic_core import PydanticCustomError
 
-from local_api.errors import APIError
+from local_api.errors import APIError, model_not_found
 from local_api.files import find_file
 from local_api.models import Models, find_model
 from local_api.shapes import MAX_PAIRS, Metadata, Page, Parameters, Router, page
-from local_api.store import CHECKPOINT, EVENT, JOB, Document, Store, StoreOfRequest, new_id, now, public
+from local_api.store import (
+    CHECKPOINT,
+    EVENT,
+    JOB,
+    MODEL,
+    Document,
+    Store,
+    StoreOfRequest,
+    flush_directory,
+    new_id,
+    now,
+    public,
+)
 
 MAX_WAITING_JOBS = 100
 UNFINISHED = ("validating_files", "queued", "running", "paused")
@@ -121,6 +134,25 @@ def link_or_copy(source: Any, target: Any) -> None:
         shutil.copyfile(source, target)
 
 
+def fill(directory: Path, store: Store, files: dict[str, Document], parent: Document) -> None:
+    """Make a job's directory, with names of its own for its files and the adapter it starts from, safe on disk."""
+    directory.mkdir()
+    try:
+        for name, file in files.items():
+            link_or_copy(store.file_path(file["id"]), directory / f"{name}.jsonl")
+        if "_adapter" in parent:
+            shutil.copytree(store.data_dir / parent["_adapter"], directory / "parent", copy_function=link_or_copy)
+            flush_directory(directory / "parent")
+    except (FileNotFoundError, shutil.Error):  # deleted in this very moment?
+        for file in files.values():
+            find_file(store, file["id"])
+        if store.get(MODEL, parent["id"]) is None:
+            raise model_not_found(parent["id"]) from None
+        raise
+    flush_directory(directory)
+    flush_directory(directory.parent)
+
+
 @router.post("", response_model=Job)
 def create_job(request: Request, store: StoreOfRequest, job: JobRequest) -> Document:
     models: Models = request.app.state.models
@@ -143,12 +175,6 @@ def create_job(request: Request, store: StoreOfRequest, job: JobRequest) -> Docu
     hyperparameters = asked.model_dump()
 
     job_id = new_id("ftjob-")
-    directory = store.job_dir(job_id)
-    directory.mkdir()
-    for name, file in files.items():
-        link_or_copy(store.file_path(file["id"]), directory / f"{name}.jsonl")
-    if "_adapter" in parent:  # continued training: with a copy of the adapter it starts from, for the same reason
-        shutil.copytree(store.data_dir / parent["_adapter"], directory / "parent", copy_function=link_or_copy)
     document = {
         "id": job_id,
         "object": JOB,
@@ -174,11 +200,17 @@ def create_job(request: Request, store: StoreOfRequest, job: JobRequest) -> Docu
         "_suffix": re.sub(r"[^a-z0-9._]+", "-", (job.suffix or "").lower()).strip("-."),  # it becomes part of an id
         "_times_killed": 0,  # since it last saved its state
     }
-    with store.transaction():
-        store.add(document)
-        add_event(store, job_id, f"Created fine-tuning job: {job_id}")
-        add_event(store, job_id, f"Validating training file: {job.training_file}" +
-                  (f" and validation file: {job.validation_file}" if job.validation_file else ""))  # fmt: skip
+    directory = store.job_dir(job_id)
+    try:
+        fill(directory, store, files, parent)
+        with store.transaction():
+            store.add(document)
+            add_event(store, job_id, f"Created fine-tuning job: {job_id}")
+            add_event(store, job_id, f"Validating training file: {job.training_file}" +
+                      (f" and validation file: {job.validation_file}" if job.validation_file else ""))  # fmt: skip
+    except Exception:
+        shutil.rmtree(directory, ignore_errors=True)
+        raise
     request.app.state.worker.wake()
     return public(document)
 

@@ -32,10 +32,12 @@ class Models:
         self.store, self.cache_dir, self.progress = store, cache_dir, progress
         self._prepared: dict[str, Path] = {}
         self._preparing = threading.Lock()
-        self.base_ids = []
+        self.base_ids: list[str] = []
         for model_id, source in map(base_models.named, sources):
             if model_id in self.base_ids:
                 raise ModelUnavailable(f"Two base models have the name {model_id}: give one of them another.")
+            if Path(source).is_dir():  # a later start may stand in another folder
+                source = str(Path(source).resolve())
             self.base_ids.append(model_id)
             root = base_models.model_id(source)
             if known := store.get(MODEL, model_id):

@@ -35,7 +35,7 @@ class Reports:
             job = self.store.get(JOB, self.job_id) or {}
             for line in new.splitlines(keepends=True):
                 try:
-                    report = parse(line)
+                    report = parse(line if line.endswith(b"\n") else b"")
                 except ValueError:  # half a line, or what a power cut made of it: the trainer writes it anew
                     break
                 read += len(line)
@@ -74,8 +74,8 @@ class Reports:
                 store.add({**checkpoint, "fine_tuned_model_checkpoint": model}, job_id)
                 self.add_model(job, model, adapter)
             with open(self.directory / "result.csv", "rb") as results:
-                same_id = {"id": job_id.replace("ftjob-", "file-")}  # when it is recorded again
-                file = add_file(store, results, new_file("step_metrics.csv", "fine-tune-results", **same_id))
+                same = job_id.replace("ftjob-", "file-")  # when it is recorded again
+                file = add_file(store, results, new_file("step_metrics.csv", "fine-tune-results", id=same))
             add_event(store, job_id, f"New fine-tuned model created: {name}")
             add_event(store, job_id, "The job has successfully completed")
             end = {"status": "succeeded", "finished_at": now(), "estimated_finish": None, "fine_tuned_model": name}

@@ -200,7 +200,8 @@ class Store:
              parameters: tuple = ()) -> tuple[list[Document], bool]:  # fmt: skip
         """Return the `limit` objects that follow the one with id `after`, and whether more follow (`has_more`)."""
         if after is not None:
-            rows = self._query("SELECT seq FROM objects WHERE kind = ? AND id = ?", (kind, after))
+            sql = f"SELECT seq FROM objects WHERE kind = ? AND id = ? AND ({where})"
+            rows = self._query(sql, (kind, after, *parameters))
             if not rows:
                 raise APIError(400, f"Invalid 'after': no object with the id '{after}' is in this list.", param="after")
             where, parameters = f"({where}) AND seq {'<' if order == 'desc' else '>'} ?", (*parameters, rows[0][0])

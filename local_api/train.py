@@ -116,7 +116,7 @@ class Journal:
         self.reported, whole = 0, 0
         for line in path.read_bytes().splitlines(keepends=True) if path.is_file() else []:
             try:
-                report = json.loads(line)
+                report = json.loads(line if line.endswith(b"\n") else b"")
             except ValueError:  # a kill leaves half a line behind, a power cut anything
                 os.truncate(path, whole)
                 break

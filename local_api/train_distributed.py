@@ -228,6 +228,7 @@ def run(job_dir: Path, in_4bit: bool, stop: dict) -> dict | None:
     train.write_adapter(job_dir / "adapter", adapter)
     reports = [json.loads(line) for line in (job_dir / "events.jsonl").read_text("utf-8").splitlines()]
     train.write_results(job_dir / "result.csv", [report["data"] for report in reports if report["type"] == "metrics"])
+    os.fsync(journal.file.fileno())  # after the last word nobody reports a step again
     return {"status": "succeeded", "trained_tokens": plan.trained_tokens}
 
 

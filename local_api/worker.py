@@ -46,6 +46,7 @@ from local_api.validation import JobFailed, validate
 
 POLL_SECONDS = 0.2
 MAX_KILLS = 3  # a trainer that dies again and again, with no progress between, is not started for ever
+SMALL_BYTES = 16 * 1024 * 1024  # of files that are validated beside larger ones
 MAX_WAIT_SECONDS = 30.0  # how long a job that something hinders waits at most before it is tried again
 
 log = logging.getLogger("local_api")
@@ -66,7 +67,8 @@ class Hindrance:
 
 
 class Worker:
-    """Two threads: one validates the files of new jobs at once, one trains the queued jobs one at a time, in order."""
+    """Three threads. Two validate the files of new jobs at once, one of them only small ones: these wait for none.
+    The third trains the queued jobs one at a time, in order."""
 
     def __init__(self, store: Store, models: Models, trainer_command: Sequence[str]):
         self.store, self.models = store, models
@@ -75,7 +77,12 @@ class Worker:
         self.training = False
         self._hindrances: dict[str, Hindrance] = {}  # by job
         self._news = threading.Condition()
-        lines = {"validate": (self._validate_job, "validating_files"), "train": (self._train_job, "running", "queued")}
+        self._taken: set[str] = set()  # the jobs that a thread is at work on
+        lines = {
+            "validate": (self._validate_job, False, "validating_files"),
+            "validate small": (self._validate_job, True, "validating_files"),
+            "train": (self._train_job, False, "running", "queued"),
+        }
         self._threads = {
             name: threading.Thread(target=self._loop, args=line, name=name, daemon=True) for name, line in lines.items()
         }
@@ -105,7 +112,7 @@ class Worker:
         if self._threads["train"].is_alive():  # what is being validated is validated anew
             self._threads["train"].join(max(0, self.stopping + STOP_SECONDS + 1 - time.monotonic()))
 
-    def _loop(self, handle: Callable[[Document], None], *statuses: str) -> None:
+    def _loop(self, handle: Callable[[Document], None], only_small: bool, *statuses: str) -> None:
         """Handle the oldest job of the first of these statuses that has one, again and again."""
         while not self.stopping:
             try:
@@ -114,12 +121,22 @@ class Worker:
             except Exception:  # a full disk, a deleted directory: the server lives
                 log.exception("The worker cannot use the data directory; it tries again")
                 jobs = []
-            ready = next((job for job in jobs if self._may_try(job["id"])), None)
-            if ready:
-                self._handle_safely(handle, ready)
-                continue
             with self._news:
-                self._news.wait(1)
+                ready = next((job for job in jobs if self._is_ready(job["id"], only_small)), None)
+                if ready is None:
+                    self._news.wait(1)
+                    continue
+                self._taken.add(ready["id"])
+            try:
+                self._handle_safely(handle, ready)
+            finally:
+                self._taken.discard(ready["id"])
+
+    def _is_ready(self, job_id: str, only_small: bool) -> bool:
+        if job_id in self._taken or not self._may_try(job_id):
+            return False
+        files = self.store.job_dir(job_id).glob("*.jsonl")
+        return not only_small or sum(path.stat().st_size for path in files) <= SMALL_BYTES
 
     def _handle_safely(self, handle: Callable[[Document], None], job: Document) -> None:
         try:
@@ -288,8 +305,8 @@ class Worker:
         # 0 without a last word: it was asked to stop, and has left behind where it was.
         if returncode in (0, -signal.SIGTERM):
             raise JobWaits("The trainer was stopped.")
-        saved = directory / "resume.pt"
-        progress = saved.stat().st_mtime_ns if saved.exists() else 0
+        saved = [path for path in (directory / "resume.pt", directory / "resume") if path.exists()]
+        progress = max((path.stat().st_mtime_ns for path in saved), default=0)
         job = self.store.get(JOB, job_id) or {}
         times = job["_times_killed"] + 1 if job.get("_progress") == progress else 1
         self.store.update(JOB, job_id, _times_killed=times, _progress=progress)

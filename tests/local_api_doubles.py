@@ -6,6 +6,7 @@ step, and is told what to do by the training file's first message. tests/test_lo
 
 import itertools
 import json
+import os
 import sys
 import threading
 import time
@@ -110,6 +111,9 @@ class FakeEngine:
         self.requests, self.forgotten, self.closed = [], [], False
         self.cancelled = threading.Event()
 
+    def submit_together(self, requests):
+        return [self.submit(request) for request in requests]
+
     def submit(self, request):
         from local_api.generation import EngineError
 
@@ -176,6 +180,7 @@ def training_file(first="hello", rows=12):
 def running(data_dir, engine=None, base_models=None, **settings):
     """Run the application with the doubles behind a real socket, in this process; yields (base URL, app)."""
     import uvicorn
+
     from local_api.app import Connection, Settings, create_app
 
     base_model, trainer = data_dir.parent / "tiny-base", data_dir.parent / "fake_trainer.py"
@@ -214,6 +219,10 @@ def main():
 
     server.TRAINER_COMMAND = [sys.executable, sys.argv.pop(1)]
     server.create_app = partial(server.create_app, engine=FakeEngine())
+    if "FAULT_PLAN" in os.environ:
+        import fault_points
+
+        fault_points.install_in_server()
     return server.main()
 
 

@@ -6,10 +6,13 @@ The engine and the trainer are the doubles of local_api_doubles.py.
 import errno
 import json
 import logging
+import os
 import random
 import shutil
 import socket
 import sqlite3
+import subprocess
+import sys
 import threading
 import time
 
@@ -18,9 +21,12 @@ import openai
 import pytest
 from local_api_doubles import ENDS, running, training_file, wait_for
 
-from local_api import reports, uploads
+from conftest import ROOT
+from local_api import base_models, jobs, processes, reports, train, uploads, worker
 from local_api.app import RepeatedLines
 from local_api.base_models import ModelOutOfReach
+from local_api.models import Models
+from local_api.store import Store
 
 
 @pytest.fixture(scope="module")
@@ -178,6 +184,20 @@ def test_every_step_is_there_once_after_many_cuts_of_power(tmp_path):
         assert steps(client, job) == list(range(1, 11))
 
 
+def test_a_line_that_lacks_only_its_end_is_read_when_it_is_whole(tmp_path):
+    store = Store(tmp_path)
+    store.add({"object": "fine_tuning.job", "id": "ftjob-1", "status": "running"})
+    read, path = reports.Reports(store, "ftjob-1", tmp_path), tmp_path / "events.jsonl"
+    lines = [json.dumps({"type": "metrics", "message": "", "data": {"step": step}, "created_at": 1}) for step in (1, 2)]
+    path.write_text(lines[0])
+    assert not read.read()
+    path.write_text(f"{lines[0]}\n{lines[1]}")
+    assert read.read() and [event["data"]["step"] for event in store.find("fine_tuning.job.event")] == [1]
+    train.Journal(path).metrics({"step": 2, "train_loss": 1.0}, 2)
+    assert read.read() and [event["data"]["step"] for event in store.find("fine_tuning.job.event")] == [1, 2]
+    store.close()
+
+
 # --- requests that are too much ---
 
 
@@ -295,11 +315,9 @@ def test_half_open_connections_are_dropped(tmp_path, monkeypatch):
             with socket.create_connection((host, int(port)), timeout=10) as connection:
                 connection.sendall(sent)
                 assert connection.recv(10) == b"", "closed by the server"
-        with socket.create_connection((host, int(port)), timeout=10) as connection:
-            head = b"GET /healthz HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n"
+        with httpx2.Client() as client:
             for _ in range(4):  # longer than the limit: a client that sends whole heads stays
-                connection.sendall(head)
-                assert connection.recv(4000).startswith(b"HTTP/1.1 200")
+                assert client.get(f"{url}/healthz").status_code == 200
                 time.sleep(0.2)
 
 
@@ -318,3 +336,105 @@ def test_a_line_of_the_log_that_repeats_is_counted(caplog):
     say("socket.accept() out of system resource")
     assert said == ["socket.accept() out of system resource", "another", "requests are told", "requests are told",
                     "socket.accept() out of system resource (and 499 times before)"]  # fmt: skip
+
+
+# --- small and wrong ---
+
+
+def test_a_job_whose_file_is_deleted_while_it_is_made_is_a_404(server, monkeypatch):
+    client, store = connect(server[0]), server[1].state.store
+    file = client.files.create(file=("data.jsonl", training_file()), purpose="fine-tune")
+
+    def usable(store, file_id, param):
+        document = usable_file(store, file_id, param)
+        client.files.delete(file_id)
+        return document
+
+    usable_file = jobs.usable_file
+    monkeypatch.setattr(jobs, "usable_file", usable)
+    with pytest.raises(openai.NotFoundError):
+        client.fine_tuning.jobs.create(model="tiny-base", training_file=file.id)
+    assert {path.name for path in store.job_dir("").iterdir()} == {job["id"] for job in store.find("fine_tuning.job")}
+
+
+def test_after_takes_the_objects_of_its_own_list_only(server):
+    client = connect(server[0])
+    one, other = (wait_for(create_job(client).id, client) for _ in range(2))
+    foreign = client.fine_tuning.jobs.list_events(other.id, limit=1).data[0].id
+    with pytest.raises(openai.BadRequestError, match="no object with the id"):
+        client.fine_tuning.jobs.list_events(one.id, after=foreign)
+
+
+def test_a_relative_base_model_is_kept_as_an_absolute_path(tmp_path, monkeypatch):
+    (tmp_path / "models" / "small").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    store = Store(tmp_path / "data")
+    Models(store, ["models/small"], tmp_path / "cache", print)
+    monkeypatch.chdir("/")
+    assert Models(store, [], tmp_path / "cache", print).weights("small") == tmp_path / "models" / "small"
+    store.close()
+
+
+def test_what_a_killed_conversion_left_is_taken_away_and_one_under_way_is_not(tmp_path):
+    folder = base_models.converted_dir(tmp_path).parent
+    for name in (".making-left", ".making-now"):
+        (folder / name).mkdir(parents=True)
+    base_models.converted_dir(tmp_path).mkdir()
+    lock = processes.lock_directory(folder / ".making-now")
+    base_models.prepare(base_models.DEFAULT_BASE_MODEL, tmp_path)
+    lock.release()
+    assert sorted(path.name for path in folder.glob(".making-*")) == [".making-now"]
+
+
+def test_a_small_job_does_not_wait_for_the_validation_of_a_large_one(tmp_path, monkeypatch):
+    may_end, validate = threading.Event(), worker.validate
+
+    def slow(path, *arguments):
+        if path.stat().st_size > 5000:
+            assert may_end.wait(30)
+        return validate(path, *arguments)
+
+    monkeypatch.setattr(worker, "validate", slow)
+    monkeypatch.setattr(worker, "SMALL_BYTES", 5000)
+    with running(tmp_path / "data") as (url, _):
+        client = connect(url)
+        file = client.files.create(file=("data.jsonl", training_file(rows=200)), purpose="fine-tune")
+        large = client.fine_tuning.jobs.create(model="tiny-base", training_file=file.id)
+        assert wait_for(create_job(client).id, client).status == "succeeded"
+        assert client.fine_tuning.jobs.retrieve(large.id).status == "validating_files"
+        may_end.set()
+        assert wait_for(large.id, client, seconds=60).status == "succeeded"
+
+
+# --- who is at work ---
+
+
+def test_a_lock_on_a_directory_holds_under_any_name_and_survives_its_files(tmp_path):
+    (tmp_path / "one").mkdir()
+    lock = processes.lock_directory(tmp_path / "one")
+    assert lock and processes.lock_directory(tmp_path / "one") is None
+    (tmp_path / "one").rename(tmp_path / "two")
+    for path in (tmp_path / "two").iterdir():
+        path.unlink()
+    assert processes.lock_directory(tmp_path / "two") is None
+    lock.release()
+    assert processes.lock_directory(tmp_path / "two")
+
+
+def test_a_trainer_under_another_name_of_its_directory_is_ended_before_a_new_one_starts(tmp_path):
+    with running(tmp_path / "data") as (url, app):
+        client = connect(url)
+        job = create_job(client, "held")
+        wait_until(lambda: 3 in steps(client, job))
+        first = processes.trainer_of(app.state.store.job_dir(job.id))
+    directory = tmp_path / "data" / "jobs" / job.id
+    assert not first.is_running() and processes.trainer_of(directory) is None
+    command = [sys.executable, str(tmp_path / "fake_trainer.py"), str(directory)]
+    orphan = subprocess.Popen(command, env={**os.environ, "PYTHONPATH": str(ROOT)})
+    wait_until(lambda: processes.trainer_of(directory) is not None)
+    (tmp_path / "data").rename(tmp_path / "moved")
+    with running(tmp_path / "moved") as (url, app):
+        client = connect(url)
+        wait_until(lambda: orphan.poll() is not None)
+        (tmp_path / "moved" / "go").touch()
+        assert wait_for(job.id, client).status == "succeeded" and steps(client, job) == list(range(1, 11))

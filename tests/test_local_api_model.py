@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -341,7 +342,7 @@ def test_logprobs_end_with_the_text_that_a_stop_sequence_cuts():
     words = ["a", "ST", "S", "TOP"]  # the third token is held back, and cut off by the fourth
     row = Row(Generation(request(stop=["STOP"], logprobs=True)), [], 9)
     for number in range(len(words)):
-        row.note_logprobs(torch.zeros(4), number, lambda ids: words[ids[0]])
+        row.note_logprobs(torch.zeros(4), number, lambda token: (words[token], words[token].encode()))
         row.hand_out("".join(words[: number + 1]), None)
     pieces = list(row.generation)
     assert "".join(piece.text for piece in pieces) == "aST" and pieces[-1].finish_reason == "stop"
@@ -353,6 +354,86 @@ def test_half_a_character_is_held_back(engine):
     for question in ("a", "b", "c"):
         pieces = list(engine.submit(request(question, temperature=1.5, seed=3, max_tokens=60)))
         assert not any(piece.text.endswith("�") for piece in pieces[:-1])
+
+
+def test_the_bytes_of_logprobs_make_whole_characters(engine):
+    generation = engine.submit(request("a", temperature=1.5, seed=3, max_tokens=60, logprobs=True))
+    pieces = list(generation)
+    spelled = bytes(byte for piece in pieces for entry in piece.logprobs or [] for byte in entry["bytes"])
+    assert any("\ufffd" in entry["token"] for piece in pieces for entry in piece.logprobs or [])
+    assert spelled.decode("utf-8", "replace") == "".join(piece.text for piece in pieces)
+
+
+def test_a_long_prompt_is_read_in_pieces_between_the_steps_of_others(tiny_model, monkeypatch):
+    import torch
+
+    from local_api import batch, inference
+    from local_api.engine import Generation
+
+    monkeypatch.setattr("local_api.base_models.best_dtype", lambda device: torch.float32)
+    model = batch.Batch("tiny", *inference.load(tiny_model, None), 0)
+
+    def answer(question, **changes):
+        model.add([generation := Generation(request(question, **changes))])
+        return generation
+
+    def finish():
+        while model.answers():
+            model.step()
+
+    long_question = "one more word " * 40
+    alone = answer(long_question)
+    finish()
+    monkeypatch.setattr(batch, "PIECE_TOKENS", 16)
+    short = answer("Is it?", max_tokens=200)
+    while not short.completion_tokens:
+        model.step()
+    long, steps = answer(long_question), 0
+    while not long.completion_tokens:
+        before = short.completion_tokens
+        model.step()
+        steps += 1
+        assert short.completion_tokens == before + 1, "the other answer goes on with every step"
+    assert steps == -(-long.prompt_tokens // 16) > 5
+    quick, steps = answer("Yes?", max_tokens=2), 0
+    answer(long_question)
+    while not quick.completion_tokens:
+        model.step()
+        steps += 1
+    assert steps <= 8, "a short prompt does not wait for a long one"
+    finish()
+    assert text(long) == text(alone)
+
+
+def test_a_prompt_that_cannot_fit_is_refused_before_it_is_encoded(engine, monkeypatch):
+    text(engine.submit(request(max_tokens=1)))
+    monkeypatch.setattr("local_api.batch.encode_prompt", lambda *_: pytest.fail("it was encoded"))
+    with pytest.raises(EngineError, match=r"have 16,000,000 bytes, which no \d+ tokens hold") as caught:
+        text(engine.submit(request("word " * 3_200_000)))
+    assert caught.value.code == "context_length_exceeded"
+
+
+def test_answers_end_at_once_when_the_server_stops_while_a_model_is_loaded(tiny_model, monkeypatch):
+    engine, loading = Engine({"tiny": (tiny_model, None)}.__getitem__), threading.Event()
+
+    def load(*_):
+        loading.set()
+        time.sleep(20)
+
+    monkeypatch.setattr("local_api.inference.load", load)
+    generation = engine.submit(request())
+    assert loading.wait(60)
+    started = time.monotonic()
+    engine.close()
+    with pytest.raises(EngineError) as caught:
+        text(generation)
+    assert caught.value.code == "server_shutting_down" and time.monotonic() - started < 10
+
+
+def test_choices_of_one_request_join_together(engine):
+    requests = [request(temperature=1.0, seed=seed) for seed in range(4)]
+    first, second = ([text(one) for one in engine.submit_together(requests)] for _ in range(2))
+    assert first == second and len(set(first)) > 1
 
 
 def test_a_cancelled_answer_frees_its_place(engine):

@@ -30,12 +30,13 @@ pytestmark = pytest.mark.skipif(os.name == "nt", reason="POSIX signals; the serv
 class Process:
     """A server process on a data directory; `kill` is kill -9."""
 
-    def __init__(self, folder, *arguments, **environment):
+    def __init__(self, folder, *arguments, trainer=None, **environment):
         (folder / "base").mkdir(exist_ok=True)
+        trainer = trainer or folder / "trainer.py"
         (folder / "trainer.py").write_text(TRAINER)
         self.folder, self.errors = folder, open(folder / "server.log", "ab")  # noqa: SIM115 - closed with the process
         self.process = subprocess.Popen(
-            [sys.executable, Path(__file__).with_name("local_api_doubles.py"), folder / "trainer.py", "--port", "0",
+            [sys.executable, Path(__file__).with_name("local_api_doubles.py"), trainer, "--port", "0",
              "--data-dir", folder / "data", "--base-model", folder / "base", *arguments],
             cwd=folder, stdout=subprocess.PIPE, stderr=self.errors, text=True,
             env={**os.environ, "PYTHONPATH": str(ROOT), **environment})  # fmt: skip
@@ -122,6 +123,8 @@ def test_it_says_when_it_is_ready_and_keeps_its_state(tmp_path):
 
 def test_a_second_server_on_the_same_data_refuses(tmp_path):
     with server(tmp_path):
+        for lock in (tmp_path / "data").glob("*lock*"):
+            lock.unlink()
         assert "Another server is running" in refused(tmp_path, "--port", "0")
 
 
