@@ -95,8 +95,8 @@ def run_script(path: str):
     import prepare_training_data
 
     sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115
-    code = prepare_training_data.main([path, "-o", path + ".out", "--system", "", "--model", "gpt-4.1-mini"])
-    print(json.dumps({"seconds": time.perf_counter() - start, "exit_code": code}), file=sys.__stdout__)
+    prepare_training_data.main([path, "-o", path + ".out", "--system", "", "--model", "gpt-4.1-mini-2025-04-14"])
+    print(json.dumps({"seconds": time.perf_counter() - start}), file=sys.__stdout__)
 
 
 def measure(contender: str, path: Path) -> dict:
