@@ -54,7 +54,8 @@ def grammar(kind: str, asked: JSONSchema | None, param: str, place: str) -> str 
         raise APIError(400, "JSON answers need the package llguidance, which this server does not have: pip install "
                             "-r local_api/requirements.txt, and start it again.", param=param,
                        code="unsupported_value") from None  # fmt: skip
-    schema, options = {"type": "object"}, dict(OPTIONS)
+    schema: dict[str, Any] = {"type": "object"}
+    options: dict[str, Any] = dict(OPTIONS)
     if kind == "json_schema":
         if asked is None or asked.schema_sent is None:
             name = f"{place}.schema"
