@@ -28,6 +28,7 @@ from typing import IO, Annotated, Any
 from fastapi import Depends, Request
 
 from local_api.errors import APIError
+from local_api.job_files import flush_directory
 
 # The API's `object` names the kind.
 FILE, UPLOAD, PART, MODEL = "file", "upload", "upload.part", "model"
@@ -282,16 +283,6 @@ def move(path: Path, folder: Path) -> str:
         target = folder / f"{path.name}.{new_id('', 4)}"
     path.rename(target)
     return path.name
-
-
-def flush_directory(directory: Path) -> None:
-    """Make a rename in this directory survive a power cut (Windows does that by itself and has no such call)."""
-    if os.name != "nt":
-        descriptor = os.open(directory, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
 
 
 async def of_request(request: Request) -> Store:

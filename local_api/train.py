@@ -16,7 +16,6 @@ the server's database, so it can also be run by hand.
 
 from __future__ import annotations
 
-import csv
 import json
 import math
 import os
@@ -25,14 +24,14 @@ import shutil
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from . import base_models
 from .encoding import Encoded, read_examples
+from .job_files import Journal, flush_directory, write_adapter, write_file, write_results
 from .processes import TRY_LATER, lock_job
 from .step import (
     BASE_LEARNING_RATE,
@@ -109,90 +108,6 @@ def make_plan(job: dict, model: Any, tokenizer: Any, journal: Journal) -> Plan:
 # --- what it leaves behind ---
 
 
-class Journal:
-    """Appends to events.jsonl; after a restart, steps that were reported before are not reported twice."""
-
-    def __init__(self, path: Path):
-        self.reported, whole = 0, 0
-        for line in path.read_bytes().splitlines(keepends=True) if path.is_file() else []:
-            try:
-                report = json.loads(line if line.endswith(b"\n") else b"")
-            except ValueError:  # a kill leaves half a line behind, a power cut anything
-                os.truncate(path, whole)
-                break
-            whole += len(line)
-            if report["type"] == "metrics":
-                self.reported = report["data"]["step"]
-        self.file = open(path, "a", encoding="utf-8")  # noqa: SIM115 - open for the life of the process
-
-    def write(self, **line: Any) -> None:
-        self.file.write(json.dumps({"created_at": int(time.time()), **line}, ensure_ascii=False) + "\n")
-        self.file.flush()
-
-    def warn(self, message: str, data: dict) -> None:
-        if not self.reported:
-            self.write(level="warn", type="message", message=message, data=data)
-
-    def metrics(self, row: dict, total_steps: int) -> None:
-        if row["step"] <= self.reported:
-            return
-        names = {"train_loss": "training", "valid_loss": "validation", "full_valid_loss": "full validation"}
-        text = ", ".join(f"{name} loss={row[key]:.2f}" for key, name in names.items() if key in row)
-        message = f"Step {row['step']}/{total_steps}: {text}"
-        self.write(level="info", type="metrics", message=message, data={**row, "total_steps": total_steps})
-
-
-def write_file(target: Path, fill: Callable[[Path], Any]) -> None:
-    """Let `fill(path)` write a file and put it in place of `target` at once: never half of it, never none."""
-    process = os.environ.get("RANK", "0")  # of several that train one job, each may have the same to say
-    scratch = target.with_name(f".{target.name}.{process}.new")
-    with only_os_errors(target):
-        fill(scratch)
-    with open(scratch, "rb+") as file:
-        os.fsync(file.fileno())
-    os.replace(scratch, target)
-    flush_directory(target.parent)
-
-
-@contextmanager
-def only_os_errors(target: Path) -> Iterator[None]:
-    """Turn the libraries' many complaints about a full disk into an OSError."""
-    try:
-        yield
-    except Exception as error:
-        reason = getattr(error, "strerror", None) or " ".join(str(error).split())[:200]
-        raise OSError(f"{target.name} cannot be written ({reason})") from error
-
-
-def flush_directory(directory: Path) -> None:
-    """Make what was written under new names in this directory survive a power cut (Windows has no such call)."""
-    if os.name != "nt":
-        descriptor = os.open(directory, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
-
-
-def write_adapter(target: Path, model: Any, metrics: dict | None = None) -> None:
-    """Save the adapter, and a checkpoint's metrics, to a folder that appears whole or not at all."""
-    scratch = target.with_name(f".{target.name}.new")
-    shutil.rmtree(scratch, ignore_errors=True)
-    with only_os_errors(target):
-        # save_embedding_layers=False: PEFT would otherwise ask the hub whether the vocabulary was changed.
-        model.save_pretrained(scratch, safe_serialization=True, save_embedding_layers=False)
-    (scratch / "README.md").unlink(missing_ok=True)  # PEFT's empty model card
-    if metrics:
-        (scratch / "metrics.json").write_text(json.dumps(metrics), encoding="utf-8")
-    for path in scratch.iterdir():
-        with open(path, "rb+") as file:
-            os.fsync(file.fileno())
-    flush_directory(scratch)
-    shutil.rmtree(target, ignore_errors=True)
-    os.replace(scratch, target)
-    flush_directory(target.parent)
-
-
 def save_checkpoint(job_dir: Path, model: Any, row: dict) -> None:
     """Keep the adapter as it is after an epoch, and only the last KEPT_CHECKPOINTS of them."""
     folder = job_dir / "checkpoints"
@@ -232,14 +147,6 @@ def load_resume_state(job_dir: Path, optimizer: Optimizer, journal: Journal) -> 
         return []
     journal.write(level="info", type="message", message=f"Training goes on from step {len(rows)}.", data=None)
     return rows
-
-
-def write_results(path: Path, rows: list[dict]) -> None:
-    names = ("step", "train_loss", "train_mean_token_accuracy", "valid_loss", "valid_mean_token_accuracy")
-    with open(path, "w", encoding="utf-8", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(["step", "train_loss", "train_accuracy", "valid_loss", "valid_mean_token_accuracy"])
-        writer.writerows([row.get(name, "") for name in names] for row in rows)
 
 
 # --- the job ---

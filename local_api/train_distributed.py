@@ -34,6 +34,7 @@ from torch.distributed.elastic.multiprocessing.errors import record  # noqa: E40
 
 from . import train  # noqa: E402
 from .encoding import Encoded  # noqa: E402
+from .job_files import Journal, write_adapter, write_results  # noqa: E402
 from .sharing import Part, cut, share, tensors  # noqa: E402
 from .step import MAX_GRADIENT_NORM, TOKENS_AT_ONCE, add_lora, epoch_batches, learning_rates  # noqa: E402
 from .validation import JobFailed  # noqa: E402
@@ -128,7 +129,7 @@ class WholeAdapter(NamedTuple):
 class Reporter(transformers.TrainerCallback):
     """After each step: writes what the server reads, saves what is due, and heeds the wish to stop."""
 
-    def __init__(self, trainer: Trainer, job_dir: Path, plan: train.Plan, journal: train.Journal, stop: dict):
+    def __init__(self, trainer: Trainer, job_dir: Path, plan: train.Plan, journal: Journal, stop: dict):
         self.trainer, self.job_dir, self.plan, self.journal, self.stop = trainer, job_dir, plan, journal, stop
         self.writes = trainer.accelerator.is_main_process
         self.started = self.saved_at = time.monotonic()
@@ -203,7 +204,7 @@ def run(job_dir: Path, in_4bit: bool, stop: dict) -> dict | None:
     dtype = base_models.best_dtype(args.device.type)
     how = {"quantization_config": four_bit(dtype)} if in_4bit else {}
     model, tokenizer = base_models.read(Path(job["model_dir"]), **how)
-    journal = train.Journal(Path(os.devnull) if args.process_index else job_dir / "events.jsonl")
+    journal = Journal(Path(os.devnull) if args.process_index else job_dir / "events.jsonl")
     plan = train.make_plan(job, model, tokenizer, journal)
     torch.manual_seed(job["seed"])
     model = add_lora(model, job.get("adapter"), job["base_model"], exact=True)
@@ -225,9 +226,9 @@ def run(job_dir: Path, in_4bit: bool, stop: dict) -> dict | None:
     trainer.accelerator.end_training()
     if trainer.state.global_step < plan.total_steps or args.process_index:
         return None
-    train.write_adapter(job_dir / "adapter", adapter)
+    write_adapter(job_dir / "adapter", adapter)
     reports = [json.loads(line) for line in (job_dir / "events.jsonl").read_text("utf-8").splitlines()]
-    train.write_results(job_dir / "result.csv", [report["data"] for report in reports if report["type"] == "metrics"])
+    write_results(job_dir / "result.csv", [report["data"] for report in reports if report["type"] == "metrics"])
     os.fsync(journal.file.fileno())  # after the last word nobody reports a step again
     return {"status": "succeeded", "trained_tokens": plan.trained_tokens}
 
