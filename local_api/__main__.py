@@ -156,7 +156,8 @@ def serve(args: argparse.Namespace, listener: socket.socket) -> None:
         options = ["--load-in-4bit"] if args.load_in_4bit else []
         trainer = [*(args.launcher or [sys.executable]), "-m", "local_api.train_distributed", *options]
     settings = Settings(args.data_dir, args.cache_dir, args.base_model or (base_models.DEFAULT_BASE_MODEL,), args.host,
-                        args.api_key, args.max_memory, args.allow_host, args.allow_origin)  # fmt: skip
+                        args.api_key, args.max_memory, args.allow_host, args.allow_origin,
+                        load_at_start=True)  # fmt: skip
     app = create_app(settings, trainer_command=trainer)
     tempfile.tempdir = str(app.state.store.temporary)  # of uploads on their way: beside the data
     host = f"[{args.host}]" if ":" in args.host else args.host

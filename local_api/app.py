@@ -7,7 +7,7 @@ import sys
 import threading
 import time
 from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,11 +21,13 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from local_api import answers, base_models, chat, errors, files, jobs, models, page, responses, uploads
 from local_api.errors import APIError
+from local_api.generation import EngineError, GenerationRequest
 from local_api.store import Store, new_id
 from local_api.worker import Worker
 
 MAX_JSON_BYTES = 16 * 1024 * 1024
 HEAD_SECONDS = 30.0  # what a connection gets to send the head of a request
+HELLO = [{"role": "user", "content": "Hello"}]  # answered by nobody's asking: it loads the model
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 TRAINER_COMMAND = (sys.executable, "-m", "local_api.train")
 
@@ -42,6 +44,7 @@ class Settings:
     max_memory: int | None = None  # bytes that loaded models may take; default: half of the machine's memory
     allow_hosts: Sequence[str] = ()  # names beside LOOPBACK by which clients may call this server
     allow_origins: Sequence[str] = ()  # of web pages and desktop apps that may use it, for instance app://obsidian.md
+    load_at_start: bool = False  # the first base model, so that the first answer need not wait for it
 
 
 def create_app(settings: Settings, *, engine: Any = None, trainer_command: Sequence[str] = TRAINER_COMMAND) -> FastAPI:
@@ -88,6 +91,10 @@ def prepare_base_models(app: FastAPI) -> None:
             app.state.models.weights(model_id)
         except base_models.ModelUnavailable as error:
             log.error("%s: %s", model_id, error)  # a job or a question that needs it is told so too
+            continue
+        if app.state.settings.load_at_start and model_id == app.state.models.base_ids[0]:
+            with suppress(EngineError):  # the server is stopping
+                app.state.generating.engine().submit(GenerationRequest(model_id, HELLO, max_tokens=1))
 
 
 class Guard:

@@ -107,7 +107,8 @@ class Batch:
     """
 
     def __init__(self, model_id: str, model: Any, tokenizer: Any, weight_bytes: int):
-        self.model_id, self.model, self.tokenizer, self.weight_bytes = model_id, model, tokenizer, weight_bytes
+        self.model_id, self.model, self.tokenizer = model_id, model, tokenizer
+        self.weight_bytes = weight_bytes + getattr(model, "copied_bytes", 0)
         self.ends = end_of_turn_ids(tokenizer, model)
         self.context = getattr(model.config.get_text_config(), "max_position_embeddings", None) or DEFAULT_CONTEXT
         self.size = model.config.get_text_config().vocab_size

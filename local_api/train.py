@@ -232,7 +232,7 @@ def main(argv: list[str] | None = None) -> int:
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:  # what torchrun and accelerate tell each process
         print("This trainer is one process; several run local_api.train_distributed.", file=sys.stderr)
         return 2
-    base_models.share_processor()
+    base_models.share_processor(base_models.BUSY_LOOPS)
     job_dir = Path(arguments[0])
     return run_job(job_dir, lambda stop: train(job_dir, stop))
 
