@@ -131,7 +131,7 @@ def quickest(layers: Sequence[Any], rows: int) -> str:
         try:
             products = [way(layer.weight.detach()) for layer in layers]
             wrong = (products[0](x).float() - exact).abs().max() / exact.abs().max()
-        except RuntimeError:  # this processor, or this build of PyTorch, has no such product
+        except (RuntimeError, AttributeError):  # this processor, or this build of PyTorch, has no such product
             continue
         if name == "plain" or wrong < max(1e-5, torch.finfo(x.dtype).eps):  # float32 sums, as all of them should have
             ways[name], seconds[name] = products, math.inf
