@@ -14,6 +14,7 @@ import sys
 import time
 from pathlib import Path
 
+import corpus
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -21,8 +22,11 @@ from hypothesis import strategies as st
 import prepare_training_data as step_1
 from conftest import ROOT
 from local_api import rules
+from local_api.validation import judge_file
 
 OWN_DATA = Path(__file__).parent / "data" / "own_data"
+SOURCE = (ROOT / "prepare_training_data.py").read_text("utf-8")
+KINDS = set(re.findall(r'(?:fault\(|^    \()"([a-z-]+)"', SOURCE, re.MULTILINE)) | {"invalid-json", "invalid-csv"}
 ANSWER = "This answer is long enough that nobody would call it a short one, number "
 
 
@@ -53,6 +57,10 @@ def chat(*turns: str | dict, **more) -> dict:
     roles = ("user", "assistant")
     messages = [t if isinstance(t, dict) else {"role": roles[n % 2], "content": t} for n, t in enumerate(turns)]
     return {"messages": messages, **more}
+
+
+def chat_row(number: int) -> dict:
+    return chat(*qa(number).values())
 
 
 def jsonl(path: str, records) -> str:
@@ -135,14 +143,14 @@ TUTORIAL = {"role": "system", "content": step_1.SYSTEM_PROMPT}
     ("2a_capitals.csv", [TUTORIAL, ASK, SAY], ""),
     ("2b_alpaca.json", [TUTORIAL, "Translate into German.\n\nGood morning"], ""),
     ("2c_sharegpt.jsonl", [TUTORIAL, ASK, SAY], ""),
-    ("2d_other_names.csv", None, "found `Antwort`, `Frage`: say which they are: --columns question=NAME,answer=NAME"),
+    ("2d_other_names.csv", None, "found `Frage`, `Antwort`: say which they are: --columns question=NAME,answer=NAME"),
     ("3a_wrapped.json", [TUTORIAL, ASK, SAY], ""),
     ("3b_pretty_printed.jsonl", [TUTORIAL, ASK, SAY], ""),
     ("3c_semicolon.csv", [TUTORIAL, ASK, "Sign up at the desk, with a photo ID, and scan the tag."], ""),
     ("3d_semicolon_comma_in_first_line.csv", None, "`Hello, how are you`"),
     ("3e_tab.tsv", [TUTORIAL, ASK], ""),
-    ("3f_whatsapp.txt", None, "this is a chat log"),
-    ("3g_parquet_head.parquet", None, "this is Parquet: turn it into JSON Lines with pandas"),
+    ("3f_whatsapp.txt", None, "no data with names: docs/your_data.md"),
+    ("3g_parquet_head.parquet", None, "no data with names: docs/your_data.md"),
     ("4a_label_false.jsonl", None, "this is data for another method"),
     ("4b_context.jsonl", [TUTORIAL, "What does rule 7 say?"], "`context` is not in the training data"),
     ("4c_metadata.jsonl", [TUTORIAL, ASK, SAY], ""),
@@ -171,7 +179,8 @@ def test_names_of_ones_own_are_given_with_columns(capsys):
     assert run(capsys, "in.csv")[0] == 1
     assert run(capsys, "in.csv", "--columns", "question=Frage,answer=ANTWORT")[0] == 0
     assert written()[0]["messages"][1]["content"] == "Question 0?"
-    assert run(capsys, "in.csv", "--columns", "Frage")[0] == 2
+    code, _, err = run(capsys, "in.csv", "--columns", "Frage")
+    assert code == 1 and "--columns question=NAME,answer=NAME" in err
 
 
 # --- a corpus of shapes ---
@@ -203,7 +212,6 @@ RECORD_SHAPES = {
         "completion": [{"role": "assistant", "content": f"{ANSWER}{n}"}],
     },
     "capitals": lambda n: {"QUESTION": f"Question {n}?", " Answer ": f"{ANSWER}{n}"},
-    "plural": lambda n: {"questions": f"Question {n}?", "answers": f"{ANSWER}{n}"},
     "messages": lambda n: chat(f"Question {n}?", f"{ANSWER}{n}"),
     "conversations": lambda n: {
         "conversations": [{"from": "human", "value": f"Question {n}?"}, {"from": "gpt", "value": f"{ANSWER}{n}"}]
@@ -269,7 +277,7 @@ def test_a_table_as_spreadsheets_write_it(capsys):
     text = "\r\n".join(["Question;Answer;;", *rows, ";;;", ""])
     Path("in.csv").write_bytes(text.encode("utf-8-sig"))
     code, _, err = run(capsys, "in.csv", "--system", "")
-    assert code == 0 and texts_of(written()[0])[1] == f'{ANSWER}0;\r\nand "so" on' and len(written()) == 12, err
+    assert code == 0 and texts_of(written()[0])[1] == f'{ANSWER}0;\nand "so" on' and len(written()) == 12, err
 
 
 @pytest.mark.parametrize("history", [
@@ -301,10 +309,10 @@ def test_several_files_are_one_dataset(capsys):
 
 
 @pytest.mark.parametrize(("rows", "argv", "line", "prompt"), [
-    ([qa(n) for n in range(60)], ["--system", "You count."], "yours: You count.", "You count."),
+    ([qa(n) for n in range(60)], ["--system", "You count."], "yours, in 60 rows: You count.", "You count."),
     ([qa(n) for n in range(60)], [], "TechFlow's, of this tutorial", step_1.SYSTEM_PROMPT),
-    ([qa(n, system="Own.") for n in range(60)], [], "the rows' own", "Own."),
-    ([qa(n) for n in range(60)], ["--system", ""], "none", None),
+    ([qa(n, system="Own.") for n in range(60)], [], "that of the rows", "Own."),
+    ([qa(n) for n in range(60)], ["--system", ""], "or none", None),
 ])  # fmt: skip
 def test_the_report_says_whose_system_prompt_went_in(capsys, rows, argv, line, prompt):
     _, out, err = run(capsys, jsonl("in.jsonl", rows), *argv)
@@ -316,7 +324,7 @@ def test_the_report_says_whose_system_prompt_went_in(capsys, rows, argv, line, p
 def test_an_edited_prompt_is_the_reader_s_own(capsys, monkeypatch):
     monkeypatch.setattr(step_1, "SYSTEM_PROMPT", "You are Larkfield's desk.")
     _, out, err = run(capsys, jsonl("in.jsonl", map(qa, range(60))))
-    assert "SYSTEM_PROMPT of this script" in out and "tutorial-prompt" not in err
+    assert "yours, in 60 rows: You are Larkfield's desk." in out and "tutorial-prompt" not in err
 
 
 # --- faults of rows ---
@@ -334,18 +342,17 @@ FAULTS = [
     ("unknown-shape", {"subject": "a", "body": "b", "status": "open"}),
     ("unknown-shape", {"title": "a", "mapping": {}}),
     ("unknown-shape", {"role": "user", "content": "a"}),
-    ("ambiguous-shape", qa("x", prompt="a", completion="b")),
-    ("ambiguous-shape", {"question": "a", "Question": "b", "answer": "c"}),
+    ("unknown-shape", {"question": "a", "Question": "b", "answer": "c"}),
     ("missing-messages", {"messages": []}),
     ("missing-messages", {"messages": "Hi"}),
-    ("unknown-key", chat("Q?", {"role": "assistant", "function_call": {"name": "f", "arguments": "{}"}}, ANSWER)),
-    ("missing-role", chat({"content": "Q?"}, ASSISTANT)),
-    ("missing-role", {"messages": ["Q?", ASSISTANT]}),
+    ("invalid-content", chat("Q?", {"role": "assistant", "function_call": {"name": "f", "arguments": "{}"}}, ANSWER)),
+    ("unknown-role", chat({"content": "Q?"}, ASSISTANT)),
+    ("unknown-role", {"messages": ["Q?", ASSISTANT]}),
     ("unknown-role", chat({"role": "bot", "content": "Q?"}, ASSISTANT)),
-    ("missing-content", chat({"role": "user"}, ASSISTANT)),
-    ("missing-content", qa("x") | {"answer": None}),
+    ("invalid-content", chat({"role": "user"}, ASSISTANT)),
+    ("invalid-content", qa("x") | {"answer": None}),
     ("invalid-content", qa("x") | {"answer": 7}),
-    ("invalid-name", chat(USER | {"name": 1}, ASSISTANT)),
+    ("invalid-content", chat(USER | {"name": 1}, ASSISTANT)),
     ("invalid-weight", chat(USER, ASSISTANT | {"weight": 0.5})),
     ("invalid-weight", chat(USER | {"weight": 0}, ASSISTANT)),
     ("empty-question", qa("x") | {"question": " \n"}),
@@ -444,40 +451,33 @@ def test_rows_are_compared(capsys):
         qa(3, system="Own."),
     ]
     code, _, err = run(capsys, jsonl("in.jsonl", rows), "--system", "S")
-    assert code == 0 and len(written()) == 63
-    for part in ("61: warning: duplicate: the same as in.jsonl:1: left out", "62: warning: duplicate: the same as in.jsonl:2: keep one",
-                 "63: warning: conflicting-answer: in.jsonl:3", "differing-system"):  # fmt: skip
+    assert code == 0 and len(written()) == 63 and ":62:" not in err and ":64:" not in err
+    for part in ("61: warning: duplicate: the same as in.jsonl:1", "63: warning: conflicting-answer: in.jsonl:3"):
         assert part in err
-
-
-def test_a_test_case_in_the_training_data_is_told(capsys):
-    cases = [{"id": "first", "question": " QUESTION 7?"}, {"id": 2, "question": "New?"}]
-    Path("test_cases.json").write_text(json.dumps({"cases": cases}))
-    assert "in.jsonl:8: warning: held-out: test case first" in run(capsys, jsonl("in.jsonl", map(qa, range(60))))[2]
 
 
 # --- faults of files ---
 
 
 @pytest.mark.parametrize(("name", "data", "sentence"), [
-    ("a.jsonl", b"", "a.jsonl: the file is empty"),
-    ("a.csv", b"\xef\xbb\xbf \n\n", "a.csv: the file is empty"),
-    ("a.jsonl", b'{"question": "a"\n', "a.jsonl:2: error: invalid-json: Expecting"),
+    ("a.jsonl", b"", "is empty, or no data with names"),
+    ("a.csv", b"\xef\xbb\xbf \n\n", "is empty, or no data with names"),
+    ("a.jsonl", b'{"question": "a"\n', "a.jsonl:1: error: invalid-json: Expecting"),
     ("a.jsonl", b'{"question": "a", "answer": "b"}\n\n{"question": "a}\n', "a.jsonl:3: error: invalid-json: "),
     ("a.json", b'[{"question": "a", "answer": "b"},\n{"question": "c"', "a.json:2: error: invalid-json: "),
     ("a.jsonl", b"[" * 100_000 + b"{" * 100_000, "a.jsonl:1: error: invalid-json: "),
     ("a.csv", b'question,answer\nA?,"one"\nB?,"open\nC?,fine\n', "a.csv:3: error: invalid-csv: "),
     ("a.csv", b'question,answer\nA?,"open\nB?,fine\nC?,"closed"\n', "a.csv:2: error: invalid-csv: "),
-    ("a.csv", b"question,answer\nCaf\xe9?,x\n", "a.csv:2: this is not UTF-8"),
-    ("a.xlsx", b"PK\x03\x04" + b"\0" * 50, "this is a workbook: save the sheet as CSV UTF-8"),
-    ("a.parquet", b"PAR1" + b"\xff" * 50, "this is Parquet"),
-    ("a.md", b"# FAQ\n\n## How?\n\nSo.\n", "this is Markdown"),
-    ("a.md", b"| question | answer |\n|---|---|\n", "this is Markdown"),
-    ("a.txt", "\u200e[02.03.26, 10:00:12] Ada: Hi\n".encode(), "this is a chat log"),
-    ("a.txt", b"3/2/26, 10:00 - Ada: Hi\n", "this is a chat log"),
-    ("a.txt", b"#separator:tab\n#html:true\na\tb\n", "this is an Anki export"),
-    ("a.yml", b"- question: a\n  answer: b\n", "this is Markdown or another text"),
-    ("a.html", b"<!doctype html>", "this is Markdown or another text"),
+    ("a.csv", b"question,answer\nCaf\xe9?,x\n", "a.csv:2: this is no UTF-8: save it so"),
+    ("a.xlsx", b"PK\x03\x04" + b"\0" * 50, "no data with names: docs/your_data.md says"),
+    ("a.parquet", b"PAR1" + b"\xff" * 50, "no data with names: docs/your_data.md says"),
+    ("a.md", b"# FAQ\n\n## How?\n\nSo.\n", "no data with names: docs/your_data.md says"),
+    ("a.md", b"| question | answer |\n|---|---|\n", "no data with names: docs/your_data.md says"),
+    ("a.txt", "\u200e[02.03.26, 10:00:12] Ada: Hi\n".encode(), "no data with names: docs/your_data.md says"),
+    ("a.txt", b"3/2/26, 10:00 - Ada: Hi\n", "no data with names: docs/your_data.md says"),
+    ("a.txt", b"#separator:tab\n#html:true\na\tb\n", "no data with names: docs/your_data.md says"),
+    ("a.yml", b"- question: a\n  answer: b\n", "no data with names: docs/your_data.md says"),
+    ("a.html", b"<!doctype html>", "no data with names: docs/your_data.md says"),
     ("missing.jsonl", None, "missing.jsonl: No such file"),
 ])  # fmt: skip
 def test_a_file_that_cannot_be_read_ends_in_one_sentence(capsys, name, data, sentence):
@@ -492,7 +492,7 @@ def test_a_row_with_too_many_fields_is_an_error_of_its_own(capsys):
     text = table("in.csv", "question,answer", rows=60)
     Path(text).write_text(Path(text).read_text("utf-8") + "Why?,because, as I said\nHow?\n", encoding="utf-8")
     code, _, err = run(capsys, "in.csv")
-    assert code == 0 and "in.csv:62: error: invalid-csv: " in err and "in.csv:63: error: empty-answer" in err
+    assert code == 0 and "in.csv:62: error: not-an-object: " in err and "in.csv:63: error: empty-answer" in err
 
 
 @pytest.mark.parametrize(
@@ -506,7 +506,7 @@ def test_the_strict_judge_accepts_what_step_1_writes(capsys, record):
 
 def test_too_few_rows_are_not_written(capsys):
     code, _, err = run(capsys, jsonl("in.jsonl", map(qa, range(9))))
-    assert code == 1 and "too-few-examples" in err and "Nothing was written: 9 of 10 sound examples" in err
+    assert code == 1 and "too-few-examples" in err and "Nothing was written: 9 sound examples" in err
     assert [path.name for path in Path().iterdir()] == ["in.jsonl"]
     assert "few-examples" in run(capsys, jsonl("in.jsonl", map(qa, range(10))))[2]
 
@@ -523,7 +523,7 @@ def test_check_judges_as_the_upload_does(capsys):
     assert report["examples"] == 60 and report["errors"] == 0 and report["file"] == "mine.jsonl"
     assert report["sha256"] == hashlib.sha256(Path("mine.jsonl").read_bytes()).hexdigest()
     jsonl("bad.jsonl", [*rows, qa(1), chat("Q?", ANSWER, metadata={}), {"conversations": [{"from": "human", "value": "a"}]},
-                        chat("Q?", ASSISTANT | {"refusal": None}), chat({"role": "human", "content": "Q?"}, ANSWER)])  # fmt: skip
+                        chat("Q?", ASSISTANT | {"refusal": "No."}), chat("R?", ASSISTANT | {"refusal": None}), chat({"role": "human", "content": "Q?"}, ANSWER)])  # fmt: skip
     code, _, err = run(capsys, "--check", "bad.jsonl")
     assert code == 1 and "bad.jsonl cannot be uploaded as it is" in err.splitlines()[-1]
     for part in (
@@ -531,9 +531,10 @@ def test_check_judges_as_the_upload_does(capsys):
         "62: error: unknown-key",
         "63: error: missing-messages",
         "64: error: unknown-key",
-        "65: error: unknown-role",
+        "66: error: unknown-role",
     ):
         assert f"bad.jsonl:{part}" in err
+    assert "bad.jsonl:65: error" not in err  # null counts as absent, as at the API
     assert json.loads(Path("bad.report.json").read_text("utf-8"))["errors"] == 5
     assert sorted(path.name for path in Path().iterdir()) == [
         "bad.jsonl",
@@ -558,14 +559,10 @@ def test_check_takes_json_lines_alone(capsys, text):
 
 def test_hold_out_makes_test_cases_and_says_what_comes_next(capsys):
     jsonl("faq.jsonl", [qa(n % 50) | {"answer": f"{ANSWER}{n}"} for n in range(100)])  # each prompt twice
-    code, out, _ = run(
-        capsys, "faq.jsonl", "-o", "my_faq.jsonl", "--hold-out", "0.2", "--validation-split", "0.1", "--system", "S"
-    )
-    cases, training, validation = (
-        written(f"my_faq{end}") for end in ("_test_cases.jsonl", ".jsonl", "_validation_data.jsonl")
-    )
-    assert code == 0 and (len(cases), len(training), len(validation)) == (20, 70, 10)
-    prompts = [{texts_of(row)[0] for row in side} for side in (cases, training, validation)]
+    code, out, _ = run(capsys, "faq.jsonl", "-o", "my_faq.jsonl", "--hold-out", "0.2", "--system", "S")
+    cases, training = written("my_faq_test_cases.jsonl"), written("my_faq.jsonl")
+    assert code == 0 and (len(cases), len(training)) == (20, 80)
+    prompts = [{texts_of(row)[0] for row in side} for side in (cases, training)]
     assert sum(map(len, prompts)) == len(set.union(*prompts)) == 50
     assert all(row["messages"][-1]["role"] == "assistant" for row in cases)
     assert "python test_model.py --cases my_faq_test_cases.jsonl" in out
@@ -573,7 +570,7 @@ def test_hold_out_makes_test_cases_and_says_what_comes_next(capsys):
     jsonl("more.jsonl", [qa(n) for n in range(200, 205)])
     run(capsys, "faq.jsonl", "more.jsonl", "-o", "my_faq.jsonl", "--hold-out", "0.2", "--system", "S")
     still = {texts_of(row)[0] for row in written("my_faq_test_cases.jsonl")}
-    assert len(still & prompts[0]) >= 7  # new rows move few old ones
+    assert prompts[0] < still and len(still) == 11  # new rows move no old ones
 
 
 # --- writing ---
@@ -591,7 +588,6 @@ def test_what_is_replaced_is_kept_once(capsys):
 
 @pytest.mark.parametrize(("argv", "code", "part"), [
     (["in.jsonl", "-o", "in.jsonl"], 2, "would be overwritten"),
-    (["in.jsonl", "--hold-out", "1.5"], 2, "a share is between 0 and 1"),
     (["in.jsonl", "--hold-out", "a"], 2, "invalid float"),
     (["in.jsonl", "-o", "no/such/folder/x.jsonl"], 1, "No such file or directory."),
     (["--check"], 1, "training_data.jsonl: No such file"),
@@ -673,22 +669,55 @@ def test_a_recipe_makes_what_step_1_takes(capsys, monkeypatch, title, name, text
 def test_every_other_kind_has_its_way_out_in_the_guide():
     for title in ("Parquet", "Excel"):
         compile(RECIPES[title], title, "exec")  # pandas is no requirement of the tests
-    for key in step_1.OTHER_DATA:
-        assert f"`{key}`" in GUIDE or key in ("contents", "patterns", "intent", "mapping", "role"), key
+    for kind in ("Excel", "Parquet", "chat logs", "Markdown", "Anki", "preferences", "trees", "tickets", "Gemini"):
+        assert kind.lower() in GUIDE.lower(), kind
 
 
 def test_every_kind_is_explained():
     page = (ROOT / "docs" / "troubleshooting.md").read_text("utf-8")
-    explained = set(re.findall(r"^#### `([a-z-]+)`", page, re.MULTILINE))
-    source = (ROOT / "prepare_training_data.py").read_text("utf-8")
-    told = set(
-        re.findall(
-            r"fault\(\s*\"([a-z-]+)\"|^    \(\"([a-z]+-[a-z-]+|html|mojibake|secret)\"|error: (invalid-\w+)",
-            source,
-            re.MULTILINE,
-        )
-    )
-    assert explained == {kind for found in told for kind in found if kind}
+    assert len(KINDS) > 25, KINDS
+    for kind in KINDS:
+        assert f"`{kind}`" in page, kind
+
+
+# --- both judges ---
+
+# The strict judge of local_api tells these apart; step 1 has one kind for each.
+BROADER = {"missing-role": "unknown-role", "invalid-message": "unknown-role",
+           "missing-content": "invalid-content", "invalid-name": "invalid-content"}  # fmt: skip
+ROWS = [(kind, corpus.line(row)) for kind, rows in corpus.FAULTY.items() for row, _ in rows]
+
+
+def strict(text: str) -> set[str]:
+    Path("strict.jsonl").write_text(text, encoding="utf-8")
+    return {problem.kind for problem in judge_file(Path("strict.jsonl"))[1] if problem.level == "error"}
+
+
+@pytest.mark.parametrize("check", [True, False])
+@pytest.mark.parametrize(("kind", "text"), ROWS)
+def test_nothing_is_written_that_the_strict_judge_refuses(capsys, kind, text, check):
+    jsonl("in.jsonl", [*map(chat_row, range(60)), text])
+    code, out, err = run(capsys, "in.jsonl", "--system", "", *["--check"] * check)
+    told = set(re.findall(r"in\.jsonl:61: (?:error|warning): ([a-z-]+)", err))
+    if not check and code == 0 and "Not looked into" not in out:
+        assert not strict(Path("training_data.jsonl").read_text("utf-8"))
+    name = BROADER.get(kind, kind)
+    if (
+        check
+        and name in KINDS
+        and "one object a line" not in err
+        and "Not looked into" not in out
+        and kind != "invalid-json"
+    ):
+        assert name in told
+
+
+@pytest.mark.parametrize("row", corpus.GOOD)
+def test_what_the_strict_judge_accepts_has_no_error(capsys, row):
+    jsonl("in.jsonl", [*map(chat_row, range(60)), corpus.line(row)])
+    assert "error" not in run(capsys, "--check", "in.jsonl")[2]
+    assert run(capsys, "in.jsonl", "--system", "")[0] == 0 and len(written()) == 61
+    assert not strict(Path("training_data.jsonl").read_text("utf-8"))
 
 
 # --- whatever is written has every text of the accepted rows, or says what it left out ---
