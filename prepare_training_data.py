@@ -359,7 +359,7 @@ class TrainingDataPreparator:
     def count_tokens(self, texts: list[str]) -> list[int]:
         if self.encoding is None:
             return [len(text.encode()) // 4 for text in texts]
-        return [len(tokens) for tokens in self.encoding.encode_ordinary_batch(texts)]
+        return [len(self.encoding.encode_ordinary(text)) for text in texts]
 
     def prepare_data(self, inputs, output, columns=None, check=False, hold_out=0.0, show_all=False):
         """Read, judge, compare, count and write; return what the report file holds.
