@@ -399,15 +399,16 @@ class TrainingDataPreparator:
             first, number = asked.setdefault(row.prompt, (row, len(asked)))
             row.tokens = 3 + sum(4 + count for count in self.count_tokens(row.texts))
             if same is not row:
-                row.fault("duplicate", f"the same as {same.file}:{same.line}: one is enough")
+                what = "keep one" if check else "left out"
+                row.fault("duplicate", f"the same as {same.file}:{same.line}: {what}")
             elif first.system == row.system and first.answer != row.answer:
                 row.fault("conflicting-answer", f"{first.file}:{first.line} answers it otherwise")
             if row.tokens > TOKEN_LIMIT:
                 row.fault("too-many-tokens", f"{row.tokens:,}: the end would be cut off")
-            elif int((number + 1) * hold_out) > int(number * hold_out):
-                tests.append(row.example)  # evenly spread; rows with one prompt go the same way
-            elif same is row or check:
+            elif check or (same is row and int((number + 1) * hold_out) == int(number * hold_out)):
                 training.append(row)
+            elif same is row:  # test cases are evenly spread; rows with one prompt go the same way
+                tests.append(row.example)
         return training, tests
 
     def report(self, rows: list[Row], training: list[Row], given: int) -> dict:

@@ -452,7 +452,10 @@ def test_rows_are_compared(capsys):
     ]
     code, _, err = run(capsys, jsonl("in.jsonl", rows), "--system", "S")
     assert code == 0 and len(written()) == 63 and ":62:" not in err and ":64:" not in err
-    for part in ("61: warning: duplicate: the same as in.jsonl:1", "63: warning: conflicting-answer: in.jsonl:3"):
+    for part in (
+        "61: warning: duplicate: the same as in.jsonl:1: left out",
+        "63: warning: conflicting-answer: in.jsonl:3",
+    ):
         assert part in err
 
 
@@ -567,10 +570,11 @@ def test_hold_out_makes_test_cases_and_says_what_comes_next(capsys):
     assert all(row["messages"][-1]["role"] == "assistant" for row in cases)
     assert "python test_model.py --cases my_faq_test_cases.jsonl" in out
     assert out.splitlines()[-1].startswith("Next: python fine_tune.py my_faq.jsonl")
-    jsonl("more.jsonl", [qa(n) for n in range(200, 205)])
+    jsonl("more.jsonl", [qa(n) for n in range(200, 205)] + [qa(4)])  # one that stands in the cases already
     run(capsys, "faq.jsonl", "more.jsonl", "-o", "my_faq.jsonl", "--hold-out", "0.2", "--system", "S")
     still = {texts_of(row)[0] for row in written("my_faq_test_cases.jsonl")}
     assert prompts[0] < still and len(still) == 11  # new rows move no old ones
+    assert len(written("my_faq_test_cases.jsonl")) == 21
 
 
 # --- writing ---
