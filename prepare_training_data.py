@@ -237,21 +237,9 @@ SECRET = (
     r"xox[abeprs]-[\w-]{10}|[rs]k_(?:live|test)_\w{16}|pypi-[\w-]{50}|eyJ[\w-]{8,}\.eyJ[\w-]{8,}\."
 )
 # Each secret has one of these in it; to look for them first is many times faster.
-MARKS = [
-    "BEGIN",
-    "sk-",
-    "AKIA",
-    "ASIA",
-    "AIza",
-    "ghp_",
-    "gho_",
-    "ghu_",
-    "ghs_",
-    "ghr_",
-    "hf_",
-    "eyJ",
-]
-MARKS += ["github_pat_", "glpat-", "xox", "k_live_", "k_test_", "npm_", "pypi-"]
+MARK = (
+    r"BEGIN|sk-|A[KS]IA|AIza|gh[pousr]_|hf_|eyJ|github_pat_|glpat-|xox|k_live_|k_test_|npm_|pypi-"
+)
 HTML = r"&(?:amp|[lg]t|quot|nbsp|#\d+);|</?(?:p|br|div|span|b|i|em|ul|li|a)(?: [^<>]*=[^<>]*)?/?>"
 MOJIBAKE = r"â€.|[ÃÂ][\x80-\xbf]|\ufffd"  # "Itâ€™s", "schÃ¶n"
 SURROGATE = r"[\ud800-\udfff]"
@@ -269,16 +257,12 @@ RULES = [
     ("placeholder-answer", lambda row: row.answer in NO_ANSWERS, "it stands for no answer"),
     ("short-answer", lambda row: len(row.answer) < SHORT_ANSWER, "the model will be as brief"),
     ("html", lambda row: re.search(HTML, row.text), "the model will write such marks too"),
-    (
-        "mojibake",
-        lambda row: search_beyond_ascii(MOJIBAKE, row.text),
-        "it was read in a wrong encoding",
-    ),
+    ("mojibake", lambda row: search_beyond_ascii(MOJIBAKE, row.text), "read in a wrong encoding"),
 ]
 
 
 def has_secret(text: str) -> bool:
-    return any(mark in text for mark in MARKS) and bool(re.search(SECRET, text))
+    return bool(re.search(MARK, text) and re.search(SECRET, text))
 
 
 def search_beyond_ascii(form: str, text: str) -> bool:

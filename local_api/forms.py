@@ -55,7 +55,7 @@ def grammar(kind: str, asked: JSONSchema | None, param: str, place: str) -> str 
                             "-r local_api/requirements.txt, and start it again.", param=param,
                        code="unsupported_value") from None  # fmt: skip
     schema: dict[str, Any] = {"type": "object"}
-    options: dict[str, Any] = dict(OPTIONS)
+    options: Any = dict(OPTIONS)
     if kind == "json_schema":
         if asked is None or asked.schema_sent is None:
             name = f"{place}.schema"

@@ -246,9 +246,10 @@ def run_job(job_dir: Path, train: Callable[[dict], dict | None]) -> int:
         if hasattr(signal, name):
             signal.signal(getattr(signal, name), lambda *_: stop.update(asked=True))
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C in the server's terminal reaches us too; the server decides
+    lock = None
     try:
         is_first = os.environ.get("RANK", "0") == "0"  # of several processes that train one job
-        lock = lock_job(job_dir) if is_first else None  # held until the process ends
+        lock = lock_job(job_dir) if is_first else None
         if is_first and not lock:
             raise OSError("another trainer is at work in the job's directory")
         try:
@@ -258,11 +259,12 @@ def run_job(job_dir: Path, train: Callable[[dict], dict | None]) -> int:
         if outcome:
             text = json.dumps(outcome)
             write_file(job_dir / "outcome.json", lambda scratch: scratch.write_text(text, encoding="utf-8"))
-        if lock:
-            lock.release()
     except OSError as error:  # a full disk, a folder taken away: started again, it goes on from its last saved state
         print(f"The trainer could not use its files: {error.strerror or error}.", file=sys.stderr)
         return TRY_LATER
+    finally:
+        if lock:
+            lock.release()
     return 1 if outcome and outcome["status"] == "failed" else 0
 
 

@@ -1,4 +1,4 @@
-"""extras/: the report page, the judge, the loss curve, cleaning up. Each is run as a reader runs it."""
+"""extras/: the report page, the judge, the loss curve, clean-up, leaks. Each is run as a reader runs it."""
 
 import json
 import os
@@ -17,6 +17,7 @@ from conftest import ROOT
 
 sys.path.insert(0, str(ROOT / "extras"))
 import clean_up
+import find_leaks
 import judge_answers
 import plot_loss
 import report_page
@@ -48,7 +49,7 @@ def failure(script, *arguments) -> str:
 # --- what holds for all four ---
 
 
-@pytest.mark.parametrize("name", ["report_page", "judge_answers", "plot_loss", "clean_up"])
+@pytest.mark.parametrize("name", ["report_page", "judge_answers", "plot_loss", "clean_up", "find_leaks"])
 def test_a_copy_of_a_page_alone_in_a_folder_starts(name, tmp_path):
     shutil.copy(ROOT / "extras" / f"{name}.py", tmp_path)
     done = subprocess.run([sys.executable, f"{name}.py", "--help"], cwd=tmp_path, capture_output=True, text=True)
@@ -537,3 +538,26 @@ def test_the_bars_show_the_pass_rates_in_pairs(browser, width):
     within = [lower[2] - upper[3] for upper, lower in zip(bars[::2], bars[1::2], strict=True)]
     between = [below[2] - above[3] for above, below in zip(bars[1::2], bars[2::2], strict=False)]
     assert max(within) * 1.5 < min(between)
+
+
+# --- find_leaks.py ---
+
+
+def test_test_cases_that_were_trained_on_are_named(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    rows = [
+        {"messages": [{"role": "user", "content": q}, {"role": "assistant", "content": "So."}]} for q in ("A?", "B?")
+    ]
+    Path("training_data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    Path("cases.json").write_text(json.dumps({"cases": [{"question": " b? "}, {"question": "C?"}]}))
+    assert "Delete these 1 rows" in failure(find_leaks, "--cases", "cases.json")
+    assert "training_data.jsonl:2: a test case asks this, too: b?" in capsys.readouterr().out
+    Path("cases.jsonl").write_text(json.dumps(rows[0] | {"messages": rows[0]["messages"][1:]}) + "\n")
+    find_leaks.main(["--cases", "cases.jsonl"])
+    assert "No test case stands in the training data." in capsys.readouterr().out
+    assert "cannot be read" in failure(find_leaks, "--cases", "none.json")
+
+
+def test_the_tutorial_s_cases_were_not_trained_on(capsys):
+    find_leaks.main([str(ROOT / "training_data.jsonl")])
+    assert "No test case" in capsys.readouterr().out

@@ -165,7 +165,8 @@ def test_a_file_name_is_only_a_name(client, server, name):
 @pytest.mark.parametrize("path", ["../state.sqlite3", "..%2fstate.sqlite3", "%2e%2e%2fstate.sqlite3", "..", "%00"])
 def test_no_path_from_a_client_reaches_the_file_system(http, path):
     for route in ("files/{}", "files/{}/content", "fine_tuning/jobs/{}", "models/{}"):
-        assert http.get("/v1/" + route.format(path)).status_code == 404
+        answer = http.get("/v1/" + route.format(path))
+        assert answer.status_code == 404 or answer.url.path.rstrip("/") == "/v1"  # a client resolves `..` by itself
         assert http.delete("/v1/" + route.format(path)).status_code in (404, 405)
 
 

@@ -15,7 +15,7 @@ import pytest
 from conftest import ROOT
 
 BUDGETS = {  # lines, docstrings and comments included
-    "prepare_training_data": 400,
+    "prepare_training_data": 545,  # it gets people's data in, whatever its form
     "fine_tune": 280,
     "check_fine_tune_status": 280,
     "use_fine_tuned_model": 200,
@@ -24,6 +24,7 @@ BUDGETS = {  # lines, docstrings and comments included
     "extras/judge_answers": 140,
     "extras/plot_loss": 110,
     "extras/clean_up": 100,
+    "extras/find_leaks": 80,
 }
 SCRIPTS = tuple(BUDGETS)[:5]
 CLIENTS = SCRIPTS[1:]  # those that talk to a server
