@@ -13,8 +13,8 @@ from __future__ import annotations
 import argparse
 import csv
 import importlib
+import inspect
 import json
-import re
 import shutil
 import subprocess
 import sys
@@ -23,39 +23,38 @@ from pathlib import Path
 
 DOCS = Path(__file__).resolve().parent
 RUN = DOCS / "run"
-SCRIPTS = ("prepare_training_data", "fine_tune", "check_fine_tune_status", "use_fine_tuned_model", "test_model")
-JOB, EPOCHS = "ftjob-XadQ7gO6iJdgq3s4HDOrmiay", 3  # that of docs/run/result.csv
+PAGES = ("prepare_training_data", "fine_tune", "check_fine_tune_status", "use_fine_tuned_model", "test_model")
+PAGES += ("extras/report_page", "extras/judge_answers", "extras/plot_loss", "extras/clean_up", "extras/find_leaks")
+EPOCHS = 3  # of the run in docs/run/result.csv
 CHROMIUM = ("chromium", "chromium-browser", "google-chrome", "chrome")
 WINDOW = "900,745"  # pixels: as far down as the success criteria
 
 
-def script(name: str):
-    """Import one of the five scripts, which lie one folder up, or a page of extras/."""
-    for folder in (str(DOCS.parent), str(DOCS.parent / "extras")):
-        if folder not in sys.path:
-            sys.path.insert(0, folder)
-    return importlib.import_module(name)
+def page(name: str):
+    """Import one of the pages, "fine_tune" or "extras/plot_loss"."""
+    if str(DOCS.parent) not in sys.path:
+        sys.path.insert(0, str(DOCS.parent))
+    return importlib.import_module(name.replace("/", "."))
 
 
 def commands_page() -> str:
     """Return docs/commands.md."""
     parts = [
         "# The commands\n",
-        "Every option of the five scripts. This page is made of the scripts themselves: `make docs`.\n",
+        "Every option of the five scripts and of `extras/`. This page is made of the scripts: `make docs`.\n",
+        "Exit codes, everywhere: 0 done · 1 not, and the last line says why · 2 usage · 130 interrupted.",
     ]
-    for name in SCRIPTS:
-        module = script(name)
-        first, *_ = module.__doc__.split("\n\n")
-        codes = re.search(r"\bExit codes: (.+?)\.?\s*(?:\n\n|\Z)", module.__doc__, re.DOTALL)
-        assert codes, f"{name}.py documents no exit codes"
+    for name in PAGES:
+        module = page(name)
+        docstring = inspect.getdoc(module) or ""
         parts += [
-            f"## {name}.py\n",
-            " ".join(first.split()) + "\n",
-            "| argument | what it does |\n|---|---|",
-            *map(option_row, module.build_parser()._actions[1:]),  # the first is --help
-            f"\nExit codes: {' '.join(codes[1].split())}.\n",
+            f"\n## {name}.py\n",
+            f"```text\n{docstring}\n```\n",
         ]
-    return "\n".join(parts)
+        if hasattr(module, "build_parser"):
+            actions = module.build_parser()._actions[1:]  # the first is --help
+            parts += ["| argument | what it does |\n|---|---|", *map(option_row, actions)]
+    return "\n".join(parts) + "\n"
 
 
 def option_row(action: argparse.Action) -> str:
@@ -69,7 +68,7 @@ def option_row(action: argparse.Action) -> str:
 def loss_svg() -> str:
     """Return the loss curve of the kept result file."""
     with open(RUN / "result.csv", encoding="utf-8", newline="") as file:
-        return script("plot_loss").draw(f"Loss of {JOB}", list(csv.DictReader(file)), EPOCHS)
+        return page("extras/plot_loss").draw("Loss of the tutorial's job", list(csv.DictReader(file)), EPOCHS)
 
 
 def report_html() -> str:
@@ -77,7 +76,7 @@ def report_html() -> str:
     path = RUN / "test_results.json"
     kept = json.loads(path.read_text("utf-8"))
     tested = kept["summary"].get("tested_at") or path.stat().st_mtime
-    return script("report_page").make_page(kept["summary"], kept["results"], tested)
+    return page("extras/report_page").make_page(kept["summary"], kept["results"], tested)
 
 
 def photograph(page: str, picture: Path) -> bool:

@@ -19,6 +19,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "examples"))
+import run_tutorial
+
 ROOT = Path(__file__).resolve().parent.parent
 RUN = ROOT / "docs" / "run"
 WORK = ROOT / ".figures"
@@ -28,9 +31,6 @@ EDUCATION_PROMPT = (
     "You are an educational assistant for students and teachers. You explain school subjects and teaching practice "
     "correctly, in plain words that suit the learner's age, and you help students to think for themselves."
 )
-
-sys.path.insert(0, str(ROOT / "examples"))
-import run_tutorial
 
 
 class Runner:
@@ -89,24 +89,12 @@ def first_round(run: Runner, base_url: str) -> str:
     return record["fine_tuned_model"]
 
 
-def later_rounds(run: Runner, first: str) -> dict:
-    """Train the later rounds; return the summaries, each compared with the model of round 1."""
-    rows = f"{TECHFLOW}/qa_pairs.json {TECHFLOW}/round_2.json"
-    run(f"python prepare_training_data.py {rows} -o round_2_data.jsonl")
-    run(f"python prepare_training_data.py {TECHFLOW}/round_2.json -o new_rows.jsonl")
-    run(f"python prepare_training_data.py {rows} {TECHFLOW}/round_3.json -o round_3_data.jsonl")
-    orders = {
-        "round 2": "round_2_data.jsonl --suffix round-2",
-        "continued": f"new_rows.jsonl --model {first} --suffix continued",
-        "round 3": "round_3_data.jsonl --suffix round-3",
-    }
-    rounds = {}
-    for name, order in orders.items():
-        model = run.train(order)
-        against = f"{model} --base-model {first}"
-        fresh = run.test(f"{against} --cases {TECHFLOW}/fresh_cases.json")
-        rounds[name] = {"cases": run.test(against), "fresh": fresh}
-    return rounds
+def later_round(run: Runner, first: str, order: str) -> dict:
+    """Train a later round; return its summaries, compared with the model of round 1."""
+    model = run.train(order)
+    against = f"{model} --base-model {first}"
+    fresh = run.test(f"{against} --cases {TECHFLOW}/fresh_cases.json")
+    return {"cases": run.test(against), "fresh": fresh}
 
 
 def main() -> int:
@@ -120,14 +108,21 @@ def main() -> int:
         base_url = run_tutorial.address(server)
         run = Runner(base_url)
         first = first_round(run, base_url)
-        keep("rounds.json", later_rounds(run, first))
-        keep("seeds.json", [run.test(run.train("training_data.jsonl", f"--seed {seed}")) for seed in SEEDS])
+        rows = f"{TECHFLOW}/qa_pairs.json {TECHFLOW}/round_2.json"
+        run(f"python prepare_training_data.py {rows} -o round_2_data.jsonl")
+        run(f"python prepare_training_data.py {TECHFLOW}/round_2.json -o new_rows.jsonl")
+        run(f"python prepare_training_data.py {rows} {TECHFLOW}/round_3.json -o round_3_data.jsonl")
+        rounds = {"round 2": later_round(run, first, "round_2_data.jsonl --suffix round-2")}
         run(
             f"python prepare_training_data.py {EDUCATION}/qa_pairs.json -o education_data.jsonl "
             f"--system {shlex.quote(EDUCATION_PROMPT)}"
         )
         run.train("education_data.jsonl", "--suffix education")
         keep("education.json", run.test(f"--cases {EDUCATION}/test_cases.json"))
+        keep("seeds.json", [run.test(run.train("training_data.jsonl", f"--seed {seed}")) for seed in SEEDS])
+        rounds["continued"] = later_round(run, first, f"new_rows.jsonl --model {first} --suffix continued")
+        rounds["round 3"] = later_round(run, first, "round_3_data.jsonl --suffix round-3")
+        keep("rounds.json", rounds)
     finally:
         run_tutorial.stop_server(server)
     print("docs/run/ is new. Now: make docs, and the figures in README.md and docs/iterating.md by hand.")
