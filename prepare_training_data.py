@@ -359,6 +359,8 @@ class TrainingDataPreparator:
         self.model = model or os.environ.get("FINE_TUNE_MODEL") or DEFAULT_MODEL
         self.system = SYSTEM_PROMPT if system is None else system
         self.counted = "exact" if self.model in PRICES else "approximate"  # for other tokenizers
+        if folder := os.environ.get("TIKTOKEN_CACHE_DIR"):  # .env names it relative to this script
+            os.environ["TIKTOKEN_CACHE_DIR"] = str(Path(__file__).parent / folder)
         try:
             self.encoding: Any = tiktoken.get_encoding("o200k_base")
         except (OSError, ValueError):  # the vocabulary is not here and cannot be downloaded
