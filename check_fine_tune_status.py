@@ -90,7 +90,7 @@ def wait_for_training(job_id: str) -> str | None:
             job = client.fine_tuning.jobs.retrieve(job_id)
             fresh = new_events(client, job_id, events)
         except (openai.APIConnectionError, openai.InternalServerError) as error:
-            if not events or client.max_retries == RETRIES:  # it was never there, or asked enough
+            if not events or client.max_retries == RETRIES:  # no contact yet, or none any more
                 raise
             say(f"{explain(error)} Asking again for ten minutes.")
             client = connect(max_retries=RETRIES)

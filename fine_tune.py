@@ -9,7 +9,7 @@ Omits   waiting for the training (step 3); methods other than supervised fine-tu
     python fine_tune.py my_data.jsonl --suffix my-bot --n-epochs 3
     python fine_tune.py --extra '{"hyperparameters": {"batch_size": 4}}'    # anything else
 
-The same command again, even after a kill, reports the job that exists: one job, never two.
+The same command again, even after a kill, reports the latest job if it is the same one.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ FILE_WAIT = 60  # seconds; some servers never call a file processed, and train o
 REQUEST_TIMEOUT, ORDER_WAIT = 60, 120  # seconds: for an order; until one without a job is void
 DEAD = {"failed", "error", "user_error", "failed_validation"}  # on various servers, and:
 DEAD |= {"cancelled", "canceled", "terminated"}
-RECORD, ORDER = Path("fine_tune_job.json"), Path("fine_tune_order.json")
+RECORD, ORDER = Path("fine_tune_job.json"), Path("fine_tune_order.json")  # sent, not answered
 
 
 # --- The same in the four scripts that talk to a server (tests/test_scripts.py holds it) ---

@@ -228,7 +228,7 @@ def to_message(row: Row, raw) -> dict:
 
 WARNINGS = {"last-not-assistant", "short-answer", "placeholder-answer", "html", "mojibake"}
 WARNINGS |= {"not-in-training", "tutorial-prompt", "common-mark", "few-examples"}
-WARNINGS |= {"duplicate", "conflicting-answer"}  # of every other kind, a row is not written
+WARNINGS |= {"duplicate", "conflicting-answer"}  # other kinds, and repetitions: not written
 NO_ANSWERS = {"nan", "none", "null", "#n/a", "n/a", "tbd", "todo"}
 CONTROL = r"<\|(?:(?:start|end)of\w+|fim_\w+|im_\w+)\|>"
 SECRET = (

@@ -319,7 +319,7 @@ def evaluate(args: argparse.Namespace) -> None:
     if model in (None, job.get("job_id")):
         model = job.get("fine_tuned_model")
     if not (model and base_model):
-        sys.exit("No finished job is recorded here: see steps 2 and 3, or name both models.")
+        sys.exit("No finished job is recorded here: steps 2 and 3, or MODEL --base-model NAME.")
     tester = ModelTester(model, base_model)
     cases, criteria = read_cases(args.cases)
     recorded = job.get("system_prompt")

@@ -24,7 +24,6 @@ except ModuleNotFoundError as missing:
 except KeyboardInterrupt:  # importing openai takes half a second
     sys.exit(130)
 
-
 SAMPLING = {"temperature": 0.0, "max_tokens": 400}  # as in step 5; 0.0: always the likeliest word
 ENDINGS = {  # what the API's finish_reason means, where it is not "stop": the answer is whole
     "length": "The answer is cut off: it is as long as max_tokens allows (see SAMPLING).",
@@ -172,7 +171,8 @@ def use(args: argparse.Namespace) -> None:
         compare_models(words[0], system, name)
     else:
         ask(connect(), model, system, words[0])
-    print(f"\nNext: python test_model.py {name or ''}".rstrip(), file=sys.stderr)
+    next_step = f"python test_model.py {name or ''}" + ("" if record else " --base-model NAME")
+    print(f"\nNext: {next_step.rstrip()}", file=sys.stderr)
 
 
 def build_parser() -> argparse.ArgumentParser:
