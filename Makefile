@@ -1,5 +1,5 @@
 # make tutorial   install what is needed, start the local API, run the five scripts, show the result
-# make test       run the tests (make test-all: with the long ones)
+# make test       run the tests (make test-slow: the long ones; make test-all: those of every fault, too)
 # make lint       check style and types
 # make docs       make anew what docs/ takes from the code and from docs/run/
 # make figures    make docs/run/ anew: nine trainings, about an hour
@@ -21,9 +21,10 @@ test: .venv/.installed-tests
 	$(BIN)/python -m pytest -m "not slow"
 
 test-slow: .venv/.installed-tests
-	$(BIN)/python -m pytest -m slow
+	$(BIN)/python -m pytest -m "slow and not exhaustive"
 
-test-all: test test-slow
+test-all: .venv/.installed-tests
+	$(BIN)/python -m pytest
 
 lint: .venv/.installed-tests
 	$(BIN)/ruff check .

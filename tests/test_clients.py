@@ -92,6 +92,7 @@ def environment(server):
     return {**os.environ, "OPENAI_BASE_URL": server[0], "OPENAI_API_KEY": "any", "MODEL": server[1]}
 
 
+@pytest.mark.exhaustive
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("name", PROGRAMS)

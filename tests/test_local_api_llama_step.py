@@ -169,6 +169,7 @@ def test_fifty_steps_lead_where_pefts_lead(tiny_model, tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1500)
 def test_fifty_steps_of_the_base_model_lead_where_pefts_lead(base_model, monkeypatch):
     from conftest import ROOT
 

@@ -19,7 +19,7 @@ from local_api_doubles import ENDS, training_file
 from test_local_api_faults import cut
 from test_local_api_process import Process
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.exhaustive]
 FAULT_POINTS = Path(__file__).with_name("fault_points.py")
 SERVER, TRAINER = ("upload", "create", "validate", "record"), ("step", "checkpoint", "adapter")
 KILLS = ("kill the server", "kill the trainer", "kill both")
