@@ -42,6 +42,14 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
         session.exitstatus = 1
 
 
+@pytest.fixture(autouse=True)
+def signals_as_in_a_terminal():
+    """A trainer that a test runs in this process ignores Ctrl-C, and all that is started later would inherit that."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The directory of a tiny, randomly initialised chat model; its API id is `tiny`."""
