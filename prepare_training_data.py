@@ -499,7 +499,8 @@ def validate_training_data(examples: list[dict]) -> list[tuple[str, str]]:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description="Make a training file of questions and answers.")
+    plain = argparse.RawDescriptionHelpFormatter  # keeps the lines of the table of shapes above
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=plain)
     add = parser.add_argument
     add("inputs", nargs="*", metavar="INPUT", help="JSON, JSON Lines, CSV (default: TechFlow's)")
     add("-o", "--output", default=DEFAULT_OUTPUT, metavar="FILE", help="default: %(default)s")
