@@ -29,11 +29,10 @@ Scripting it, before or during a run:
     api.stream_delay = 0.0                          seconds between the pieces of a streamed answer
     api.job_plan = ["queued", "running", "succeeded"]   one status a retrieve; the last one stays
     api.file_plan = ["processed"]                   the same for files; None leaves `status` out
-    api.metadata = "kept" | "dropped" | "rejected"  what the server does with a job's metadata
     api.features = {"events", "checkpoints", "results", "fine_tuned_model", ...}   what it has
     api.echo_key = True                             error messages repeat the key, as a careless server's would
     api.after = lambda request: ...                 called when a request has been carried out, before it is answered
-    api.add_model("gpt-x", shutdown_date="2027-01-14"), api.add_job(model=..., status=...), api.add_event(job_id, ...)
+    api.add_model("gpt-x"), api.add_job(model=..., status=...), api.add_event(job_id, ...)
     api.finish(job_id)                              the job succeeds now
 What happened:
     api.requests                                    list of Request(method, path, query, headers, body, answered)
@@ -116,7 +115,6 @@ class FakeAPI:
         self.stream_delay = 0.0
         self.job_plan: list[str] = ["queued", "running", "succeeded"]
         self.file_plan: list[str | None] = ["processed"]
-        self.metadata = "kept"
         self.features = {"events", "checkpoints", "results", "fine_tuned_model", "base64 results"}
         self.echo_key = False
         self.check_key = True
@@ -164,10 +162,8 @@ class FakeAPI:
             self.counter += 1
             return f"{prefix}{self.counter:04d}"
 
-    def add_model(self, model_id: str, shutdown_date: str | None = None, owned_by: str = "system") -> dict:
+    def add_model(self, model_id: str, owned_by: str = "system") -> dict:
         model = {"id": model_id, "object": "model", "created": 1, "owned_by": owned_by}
-        if shutdown_date:
-            model["shutdown_date"] = shutdown_date
         self.models[model_id] = model
         return model
 
@@ -461,10 +457,6 @@ class FakeAPI:
 
     def create_job(self, request: Request) -> dict:
         asked = dict(request.body)
-        if "metadata" in asked and self.metadata == "rejected":
-            raise HTTPError(400, "Unrecognized request argument supplied: metadata", "unknown_parameter")
-        if self.metadata == "dropped":
-            asked.pop("metadata", None)
         self.found(self.files, asked["training_file"])
         if asked["model"] not in self.models:
             raise HTTPError(404, f"The model `{asked['model']}` does not exist", "model_not_found")
@@ -473,11 +465,7 @@ class FakeAPI:
         return self.shown(self.add_job(**asked))
 
     def list_jobs(self, request: Request) -> dict:
-        wanted = {name[9:-1]: value for name, value in request.query.items() if name.startswith("metadata[")}
-        jobs = list(self.jobs.values())
-        if self.metadata == "kept":  # a server that keeps no metadata ignores the filter, too
-            jobs = [job for job in jobs if wanted.items() <= (job.get("metadata") or {}).items()]
-        return self.page(request, jobs)
+        return self.page(request, list(self.jobs.values()))
 
     def retrieve_job(self, request: Request, job_id: str) -> dict:
         """One retrieve, one status further along job_plan; a running job has taken two steps of six."""

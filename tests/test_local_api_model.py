@@ -31,15 +31,6 @@ CONVERSATION = [
 ]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def signal_handlers():
-    """Put back what the trainer changes when it runs in this process."""
-    saved = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    yield
-    for number, handler in saved.items():
-        signal.signal(number, handler)
-
-
 @pytest.fixture(scope="module")
 def tokenizer(tiny_model):
     from transformers import AutoTokenizer
