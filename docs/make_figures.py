@@ -1,8 +1,9 @@
 """Make anew every result that the documents show, by running the tutorial as a reader would, and keep it in docs/run/.
 
-    make figures        # then `make docs`; about an hour on two quiet cores, and nothing else should run meanwhile
+    make figures        # then `make docs`; nine trainings: one to two hours on two cores
 
-docs/run/transcript.txt     what steps 1 to 5 print, and step 6's comparison
+A model that is trained once is kept in .figures/, so a run that was cut off goes on where it was; `make clean` forgets it.
+
 docs/run/result.csv         the result file of that job: loss and token accuracy of every step
 docs/run/test_results.json  what step 5 leaves: every question, both answers, every check
 docs/run/seeds.json         the summaries of four more first rounds: the same rows, other seeds
@@ -56,15 +57,18 @@ class Runner:
             raise SystemExit(f"{command} ended with {done.returncode}")
         return f"$ {command}\n{done.stdout}\n"
 
-    def train(self, training_file: str, options: str = "") -> str:
-        """Train a model and return its name."""
-        self(f"python fine_tune.py {training_file} {options}")
-        self("python check_fine_tune_status.py --wait")
-        return read(WORK / "fine_tune_job.json")["fine_tuned_model"]
+    def train(self, training_file: str, suffix: str, options: str = "") -> str:
+        """Train a model, unless an earlier run has done it, and return its name."""
+        trained = WORK / f"trained-{suffix}.json"
+        if not trained.exists():
+            self(f"python fine_tune.py {training_file} --suffix {suffix} {options}")
+            self("python check_fine_tune_status.py --wait")
+            shutil.copy(WORK / "fine_tune_job.json", trained)
+        return read(trained)["fine_tuned_model"]
 
-    def test(self, options: str = "") -> dict:
-        """Test the latest model and return the summary."""
-        self(f"python test_model.py --output summary.json {options}")
+    def test(self, model: str, options: str = "") -> dict:
+        """Test a model against its base model, or another, and return the summary."""
+        self(f"python test_model.py {model} --output summary.json {options}")
         return read(WORK / "summary.json")["summary"]
 
 
@@ -77,51 +81,56 @@ def keep(name: str, value: object) -> None:
 
 
 def first_round(run: Runner, base_url: str) -> str:
-    """Run steps 1 to 5; return the model's name."""
+    """Run steps 1 to 5; keep what they leave and return the model's name."""
     from openai import OpenAI
 
-    transcript = "".join(run(command) for command in run_tutorial.STEPS)
-    (RUN / "transcript.txt").write_text(transcript, encoding="utf-8")
-    shutil.copy(WORK / "test_results.json", RUN)
-    record, client = read(WORK / "fine_tune_job.json"), OpenAI(api_key="local", base_url=base_url)
-    job = client.fine_tuning.jobs.retrieve(record["job_id"])
+    run("python prepare_training_data.py")
+    model = run.train("training_data.jsonl", "techflow-support")
+    run(f'python use_fine_tuned_model.py --model {model} "I forgot my password. How do I get back in?"')
+    run.test(model)
+    shutil.copy(WORK / "summary.json", RUN / "test_results.json")
+    client = OpenAI(api_key="local", base_url=base_url)
+    job = client.fine_tuning.jobs.retrieve(read(WORK / "trained-techflow-support.json")["job_id"])
     (RUN / "result.csv").write_bytes(client.files.content(job.result_files[0]).read())
-    return record["fine_tuned_model"]
+    return model
 
 
-def later_round(run: Runner, first: str, order: str) -> dict:
-    """Train a later round; return its summaries, compared with the model of round 1."""
-    model = run.train(order)
-    against = f"{model} --base-model {first}"
-    fresh = run.test(f"{against} --cases {TECHFLOW}/fresh_cases.json")
-    return {"cases": run.test(against), "fresh": fresh}
+def later_round(run: Runner, model: str, first: str) -> dict:
+    """Compare a later round's model with that of round 1; return the summaries."""
+    against = f"--base-model {first}"
+    fresh = run.test(model, f"{against} --cases {TECHFLOW}/fresh_cases.json")
+    return {"cases": run.test(model, against), "fresh": fresh}
 
 
 def main() -> int:
     run_tutorial.WORK, run_tutorial.DATA = WORK, WORK / "local_api"
-    shutil.rmtree(WORK, ignore_errors=True)
-    WORK.mkdir()
-    shutil.copytree(ROOT / "examples", WORK / "examples")
+    WORK.mkdir(exist_ok=True)
+    shutil.copytree(ROOT / "examples", WORK / "examples", dirs_exist_ok=True)
     run_tutorial.prepare_base_model()
     server = run_tutorial.start_server()
     try:
         base_url = run_tutorial.address(server)
+        run_tutorial.cancel_unfinished_jobs(base_url)
         run = Runner(base_url)
         first = first_round(run, base_url)
-        rows = f"{TECHFLOW}/qa_pairs.json {TECHFLOW}/round_2.json"
-        run(f"python prepare_training_data.py {rows} -o round_2_data.jsonl")
-        run(f"python prepare_training_data.py {TECHFLOW}/round_2.json -o new_rows.jsonl")
-        run(f"python prepare_training_data.py {rows} {TECHFLOW}/round_3.json -o round_3_data.jsonl")
-        rounds = {"round 2": later_round(run, first, "round_2_data.jsonl --suffix round-2")}
         run(
             f"python prepare_training_data.py {EDUCATION}/qa_pairs.json -o education_data.jsonl "
             f"--system {shlex.quote(EDUCATION_PROMPT)}"
         )
-        run.train("education_data.jsonl", "--suffix education")
-        keep("education.json", run.test(f"--cases {EDUCATION}/test_cases.json"))
-        keep("seeds.json", [run.test(run.train("training_data.jsonl", f"--seed {seed}")) for seed in SEEDS])
-        rounds["continued"] = later_round(run, first, f"new_rows.jsonl --model {first} --suffix continued")
-        rounds["round 3"] = later_round(run, first, "round_3_data.jsonl --suffix round-3")
+        education = run.train("education_data.jsonl", "education")
+        keep("education.json", run.test(education, f"--cases {EDUCATION}/test_cases.json"))
+        rows = f"{TECHFLOW}/qa_pairs.json {TECHFLOW}/round_2.json"
+        run(f"python prepare_training_data.py {rows} -o round_2_data.jsonl")
+        round_2 = run.train("round_2_data.jsonl", "round-2")
+        rounds = {"round 2": later_round(run, round_2, first)}
+        seeds = [run.train("training_data.jsonl", f"seed-{seed}", f"--seed {seed}") for seed in SEEDS]
+        keep("seeds.json", [run.test(model) for model in seeds])
+        run(f"python prepare_training_data.py {TECHFLOW}/round_2.json -o new_rows.jsonl")
+        continued = run.train("new_rows.jsonl", "continued", f"--model {first}")
+        rounds["continued"] = later_round(run, continued, first)
+        run(f"python prepare_training_data.py {rows} {TECHFLOW}/round_3.json -o round_3_data.jsonl")
+        round_3 = run.train("round_3_data.jsonl", "round-3")
+        rounds["round 3"] = later_round(run, round_3, first)
         keep("rounds.json", rounds)
     finally:
         run_tutorial.stop_server(server)

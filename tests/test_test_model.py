@@ -424,7 +424,7 @@ def test_no_job_and_no_model(api):
     record(api, fine_tuned_model=None)  # step 3 has not seen it succeed
     assert "steps 2 and 3" in fails()
     Path("fine_tune_job.json").unlink()
-    assert "name both models" in fails() and "name both models" in fails("ft:x")
+    assert "or MODEL --base-model NAME" in fails() and "or MODEL --base-model NAME" in fails("ft:x")
 
 
 def test_the_system_prompt_is_that_of_the_job_which_made_the_model(api, capsys):
