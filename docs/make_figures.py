@@ -2,7 +2,7 @@
 
     make figures        # then `make docs`; nine trainings: one to two hours on two cores
 
-A model that is trained once is kept in .figures/, so a run that was cut off goes on where it was; `make clean` forgets it.
+A model that is trained once is kept in .figures/, so that a run that was cut off goes on; `make clean` forgets it.
 
 docs/run/result.csv         the result file of that job: loss and token accuracy of every step
 docs/run/test_results.json  what step 5 leaves: every question, both answers, every check
