@@ -86,7 +86,7 @@ def first_round(run: Runner, base_url: str) -> str:
 
     run("python prepare_training_data.py")
     model = run.train("training_data.jsonl", "techflow-support")
-    run(f'python use_fine_tuned_model.py --model {model} "I forgot my password. How do I get back in?"')
+    run(f'python use_fine_tuned_model.py {model} "I forgot my password. How do I get back in?"')
     run.test(model)
     shutil.copy(WORK / "summary.json", RUN / "test_results.json")
     client = OpenAI(api_key="local", base_url=base_url)

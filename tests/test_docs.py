@@ -118,7 +118,8 @@ def flags_of(page: str) -> set[str]:
 def test_every_flag_beside_a_script_s_name_is_one_of_its_flags():
     known = {page.split("/")[-1]: flags_of(page) for page in make.PAGES}
     wrong, found = [], 0
-    for name, text in TEXTS.items():
+    figures = {"docs/make_figures.py": (ROOT / "docs" / "make_figures.py").read_text("utf-8")}
+    for name, text in {**TEXTS, **figures}.items():
         for script, rest in re.findall(r"\b(\w+)\.py\b([^\n`|]*)", text):
             for flag in re.findall(r"(?<![\w-])--?[a-z][a-z-]*", rest.split(".py")[0] if script in known else ""):
                 found += 1
