@@ -2,7 +2,7 @@
 
     python docs/make.py      # or: make docs
 
-docs/commands.md   every option and exit code, from the scripts' parsers and docstrings
+docs/commands.md   every option and exit code, from the scripts' parsers
 docs/loss.svg      what extras/plot_loss.py draws of docs/run/result.csv
 docs/report.png    what extras/report_page.py writes of docs/run/test_results.json, as headless Chromium shows it;
                    without Chromium it is left as it is
@@ -38,22 +38,22 @@ def page(name: str):
 
 
 def commands_page() -> str:
-    """Return docs/commands.md."""
+    """Return docs/commands.md: each page's first line, and its options or, where it has next to none, its usage."""
     parts = [
         "# The commands\n",
-        "Every option of the five scripts and of `extras/`. This page is made of the scripts: `make docs`.\n",
+        "Every option of the five scripts and of `extras/`, made of the scripts (`make docs`). What a script needs,",
+        "leaves and omits, and how it is called, stands in its first lines.\n",
         "Exit codes, everywhere: 0 done · 1 not, and the last line says why · 2 usage · 130 interrupted.",
     ]
     for name in PAGES:
         module = page(name)
         docstring = inspect.getdoc(module) or ""
-        parts += [
-            f"\n## {name}.py\n",
-            f"```text\n{docstring}\n```\n",
-        ]
+        parts.append(f"\n## {name}.py\n\n{docstring.splitlines()[0]}\n")
         if hasattr(module, "build_parser"):
             actions = module.build_parser()._actions[1:]  # the first is --help
             parts += ["| argument | what it does |\n|---|---|", *map(option_row, actions)]
+        else:
+            parts += [line for line in docstring.splitlines() if line.startswith("    python")]
     return "\n".join(parts) + "\n"
 
 

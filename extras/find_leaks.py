@@ -43,8 +43,9 @@ def find_leaks(training_file: Path, cases_file: Path) -> list[tuple[int, str]]:
 
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description="Find test cases that were trained on.")
-    parser.add_argument("training_file", nargs="?", type=Path, default="training_data.jsonl")
-    parser.add_argument("--cases", type=Path, default=CASES, help="default: TechFlow's")
+    add = parser.add_argument
+    add("training_file", nargs="?", type=Path, default="training_data.jsonl", help="of step 1")
+    add("--cases", type=Path, default=CASES, metavar="FILE", help="default: TechFlow's")
     return parser
 
 
