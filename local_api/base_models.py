@@ -12,6 +12,7 @@ import hashlib
 import json
 import math
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -268,14 +269,19 @@ def quiet_transformers() -> None:
 
 @contextmanager
 def reading(what: str) -> Iterator[None]:
-    """Turn the libraries' many complaints about files that cannot be read into one ModelUnavailable."""
+    """Turn the libraries' many complaints about files that cannot be read into one ModelUnavailable.
+
+    It is a ModelOutOfReach where the files are away, or memory or descriptors used up.
+    """
     from safetensors import SafetensorError
 
     try:
         yield
-    except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
+    except (OSError, ValueError, RuntimeError, KeyError, MemoryError, SafetensorError) as error:
         reason = " ".join(str(error).split())[:200]
-        raise ModelUnavailable(f"{what} cannot be loaded ({reason}).") from None
+        passes = isinstance(error, (OSError, MemoryError)) or re.search("unable to (open|mmap)|(out of|allocate) memory", reason)
+        kind = ModelOutOfReach if passes else ModelUnavailable
+        raise kind(f"{what} cannot be loaded ({reason}).") from None
 
 
 def load(model_dir: Path, adapter_dir: Path | None = None) -> tuple[Any, Any]:
@@ -303,6 +309,8 @@ def read(model_dir: Path, **how: Any) -> tuple[Any, Any]:
     quiet_transformers()
     model: Any
     safe: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
+    if not (model_dir / "config.json").is_file():  # transformers would call it a model of an unknown kind
+        raise ModelOutOfReach(f"{model_dir} holds no config.json; put the base model's files there.")
     with reading(f"{Path(model_dir).name}: the model"):
         model = AutoModelForCausalLM.from_pretrained(
             model_dir, dtype=best_dtype(best_device()), use_safetensors=True, **safe, **how

@@ -259,8 +259,9 @@ def run_job(job_dir: Path, train: Callable[[dict], dict | None]) -> int:
         if outcome:
             text = json.dumps(outcome)
             write_file(job_dir / "outcome.json", lambda scratch: scratch.write_text(text, encoding="utf-8"))
-    except OSError as error:  # a full disk, a folder taken away: started again, it goes on from its last saved state
-        print(f"The trainer could not use its files: {error.strerror or error}.", file=sys.stderr)
+    except (OSError, base_models.ModelOutOfReach) as error:  # a full disk, a folder taken away: it goes on later
+        reason = getattr(error, "strerror", None) or str(error).rstrip(".")
+        print(f"The trainer could not use its files: {reason}.", file=sys.stderr)
         return TRY_LATER
     finally:
         if lock:
@@ -272,7 +273,7 @@ def job_failed(error: Exception) -> JobFailed:
     """Return what a job says of an error that its data, hyperparameters or model bring about; raise any other."""
     if isinstance(error, JobFailed):
         return error
-    if isinstance(error, base_models.ModelUnavailable):
+    if isinstance(error, base_models.ModelUnavailable) and not isinstance(error, base_models.ModelOutOfReach):
         return JobFailed("model_not_available", str(error), "model")
     if isinstance(error, MemoryError) or re.search("out of memory|allocate memory", str(error)):  # or a RuntimeError
         cure = "use a smaller batch_size, shorter examples or a smaller model"

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -16,11 +18,12 @@ import pytest
 from tiny_model import make_tiny_model, write_training_file
 
 from conftest import ROOT
-from local_api import step, train
+from local_api import base_models, step, train
 from local_api.base_models import weight_bytes
 from local_api.encoding import EncodingError, encode_example, encode_prompt
 from local_api.engine import Engine
 from local_api.generation import EngineError, GenerationRequest
+from local_api.processes import TRY_LATER
 
 CONVERSATION = [
     {"role": "system", "content": "Be brief."},
@@ -195,6 +198,75 @@ def test_long_epochs_are_saved_on_the_way(trained, tiny_model, tmp_path, monkeyp
     assert train.main([str(job_dir)]) == 0
     assert "Training goes on from step 3." in [event.get("message") for event in events(job_dir)]
     assert all((w == adapter_weights(job_dir)[name]).all() for name, w in adapter_weights(trained).items())
+
+
+def test_a_job_whose_saved_state_is_damaged_starts_over_and_says_so(trained, tiny_model, tmp_path, monkeypatch):
+    job_dir = make_job(tmp_path / "job", tiny_model)
+
+    def stop(job_dir, model, row):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(train, "SAVE_SECONDS", 0.0)
+    monkeypatch.setattr(train, "save_checkpoint", stop)
+    with pytest.raises(KeyboardInterrupt):  # in step 6, saved in step 5
+        train.main([str(job_dir)])
+    monkeypatch.undo()
+    state = (job_dir / "resume.pt").read_bytes()
+    (job_dir / "resume.pt").write_bytes(state[: len(state) // 2])
+    assert train.main([str(job_dir)]) == 0
+    assert (job_dir / "resume.pt.damaged").stat().st_size == len(state) // 2
+    warning = [event["message"] for event in events(job_dir) if event.get("level") == "warn"]
+    assert len(warning) == 1 and re.fullmatch(
+        r"The saved state cannot be read \(.+\); training starts over.", warning[0]
+    )
+    steps = [event["data"]["step"] for event in events(job_dir) if event.get("type") == "metrics"]
+    assert steps == list(range(1, 37)), "every step is reported once"
+    assert all((w == adapter_weights(job_dir)[name]).all() for name, w in adapter_weights(trained).items())
+
+
+@pytest.mark.parametrize("away", ["", "config.json", "model.safetensors"])
+def test_a_trainer_whose_model_is_away_ends_without_a_last_word(away, tiny_model, tmp_path, capsys):
+    base = tmp_path / "tiny"
+    shutil.copytree(tiny_model, base)
+    job_dir = make_job(tmp_path / "job", base)
+    (base / away).rename(tmp_path / "away")
+    assert train.main([str(job_dir)]) == TRY_LATER
+    last_line = capsys.readouterr().err.splitlines()[-1]
+    assert last_line.startswith("The trainer could not use its files: ") and str(base) in last_line
+    assert not (job_dir / "outcome.json").exists()
+    (tmp_path / "away").rename(base / away)
+    assert train.main([str(job_dir)]) == 0
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no such limit")
+@pytest.mark.parametrize("free", [0, 1])
+def test_a_model_is_out_of_reach_while_no_descriptor_is_free(free, tiny_model):
+    import resource
+
+    base_models.load(tiny_model)  # what it imports, too
+    limits, held = resource.getrlimit(resource.RLIMIT_NOFILE), []
+    resource.setrlimit(resource.RLIMIT_NOFILE, (256, limits[1]))
+    try:
+        with contextlib.suppress(OSError):
+            while True:
+                held.append(os.open(os.devnull, os.O_RDONLY))
+        for descriptor in held[:free]:
+            os.close(descriptor)
+        with pytest.raises(base_models.ModelOutOfReach, match="Too many open files"):
+            base_models.load(tiny_model)
+    finally:
+        for descriptor in held[free:]:
+            os.close(descriptor)
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+
+
+@pytest.mark.parametrize("error", [
+    MemoryError("Cannot allocate memory (os error 12)"),
+    RuntimeError("unable to mmap 554264 bytes from file </tiny/model.safetensors>: Cannot allocate memory (12)"),
+])  # fmt: skip
+def test_a_model_is_out_of_reach_while_there_is_no_memory(error):  # as PyTorch and safetensors said it
+    with pytest.raises(base_models.ModelOutOfReach, match="cannot be loaded"), base_models.reading("tiny"):
+        raise error
 
 
 def test_training_goes_on_from_an_earlier_adapter(trained, tiny_model, tmp_path):
