@@ -74,7 +74,7 @@ class ChatRequest(AnswerParameters):
     top_logprobs: Annotated[int | None, Field(ge=0, le=20)] = None
     frequency_penalty: Annotated[float | None, Field(ge=-2, le=2)] = None
     presence_penalty: Annotated[float | None, Field(ge=-2, le=2)] = None
-    logit_bias: dict[TokenId, Annotated[float, Field(ge=-100, le=100)]] | None = None
+    logit_bias: Annotated[dict[TokenId, Annotated[float, Field(ge=-100, le=100)]], Field(fail_fast=True)] | None = None
     response_format: ResponseFormat | None = None
 
 

@@ -96,7 +96,7 @@ def parameter_name(location: tuple[int | str, ...]) -> str | None:
     return name or None
 
 
-def invalid_parameter(problem: dict[str, Any]) -> APIError:
+def invalid_parameter(problem: Any) -> APIError:
     """Put one of pydantic's complaints into the API's words: 400, with `param` and `code`."""
     kind, param = problem["type"], parameter_name(problem["loc"])
     if kind == "json_invalid" or param is None:

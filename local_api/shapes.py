@@ -1,28 +1,26 @@
 """What all routes share: strict parameters, the API's list object, and documents sent as they are stored."""
 
 import json
-import re
 from typing import Annotated, Any, Generic, Literal, TypeVar
 
 from fastapi import APIRouter, Request
 from fastapi.concurrency import run_in_threadpool
 from fastapi.routing import APIRoute
-from pydantic import BaseModel, BeforeValidator, ConfigDict, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError, model_validator
 
-from local_api.errors import APIError
+from local_api.errors import APIError, invalid_parameter
 from local_api.store import Document
 
 MAX_VALUES = 100_000  # in a JSON body: 2,048 messages have 10,000, an upload of 8 GB in parts of 64 MB has 128
-STRINGS = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*(?:"|\Z)', re.DOTALL)  # of JSON; one without an end counts to the end
 MAX_NAMES = 100  # in an object of parameters
 MAX_PAIRS = 16  # of metadata: the API's limit
 
 Item = TypeVar("Item")
 
 
-def parse_body(body: bytes) -> Any:
-    """Parse a JSON body. It holds values in a number that a request of this API can have a use for, and Unicode."""
-    if body.count(b",") > MAX_VALUES and STRINGS.sub(b"", body).count(b",") > MAX_VALUES:  # before they are made
+def parse_body(body: bytes, model: type[BaseModel] | None) -> Any:
+    """Parse a JSON body and validate it. It holds values in a number that this API can have a use for, and Unicode."""
+    if has_many_values(body):
         raise APIError(400, f"The request holds more than {MAX_VALUES:,} values.", code="invalid_value")
     sent = json.loads(body)
     if b"\\u" in body:  # JSON can escape half a character ("\\ud800"), which no one can store, answer or encode
@@ -31,24 +29,39 @@ def parse_body(body: bytes) -> Any:
         except UnicodeEncodeError:
             message = "The request holds text that is not valid Unicode (half a surrogate pair)."
             raise APIError(400, message, code="invalid_value") from None
-    return sent
+    try:
+        return model.model_validate(sent) if model else sent
+    except ValidationError as error:
+        problem = error.errors()[0]
+        raise invalid_parameter({**problem, "loc": ("body", *problem["loc"])}) from None
+
+
+def has_many_values(body: bytes) -> bool:
+    """Count the commas outside strings, before the values are made."""
+    if body.count(b",") <= MAX_VALUES:
+        return False
+    bare = body.replace(b"\\\\", b"").replace(b'\\"', b"")  # so that every quote begins or ends a string
+    return bare.count(b'"') > 4 * MAX_VALUES or sum(part.count(b",") for part in bare.split(b'"')[::2]) > MAX_VALUES
 
 
 class BoundedRequest(Request):
-    """A request whose JSON body is parsed beside the event loop."""
+    """A request whose JSON body is parsed and validated beside the event loop."""
+
+    model: type[BaseModel] | None
 
     async def json(self) -> Any:
-        if not hasattr(self, "_json"):
-            self._json = await run_in_threadpool(parse_body, await self.body())
-        return self._json
+        return await run_in_threadpool(parse_body, await self.body(), self.model)
 
 
 class BoundedRoute(APIRoute):
     def get_route_handler(self) -> Any:
         handle = super().get_route_handler()
+        model: Any = self.body_field and self.body_field.field_info.annotation
 
         async def handle_bounded(request: Request) -> Any:
-            return await handle(BoundedRequest(request.scope, request.receive))
+            bounded = BoundedRequest(request.scope, request.receive)
+            bounded.model = model
+            return await handle(bounded)
 
         return handle_bounded
 
