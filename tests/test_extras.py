@@ -127,6 +127,7 @@ def test_the_ratings_stand_beside_the_answers_and_their_means_in_the_summary(api
     assert re.search(r"fine_tuned +judge_tone +4\.00", capsys.readouterr().out)
     asked = [request.body for request in api.requests]
     assert len(asked) == 4 and all("temperature" not in body for body in asked)
+    assert all(body["max_completion_tokens"] == 1000 for body in asked), "a small model may write on for ever"
     data = [json.loads(body["messages"][1]["content"]) for body in asked]
     assert {"system": None, "history": [], "question": "Tea a?", "expected": "Yes.", "answer": "Yes!"} in data
 
