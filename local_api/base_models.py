@@ -279,7 +279,8 @@ def reading(what: str) -> Iterator[None]:
         yield
     except (OSError, ValueError, RuntimeError, KeyError, MemoryError, SafetensorError) as error:
         reason = " ".join(str(error).split())[:200]
-        passes = isinstance(error, (OSError, MemoryError)) or re.search("unable to (open|mmap)|(out of|allocate) memory", reason)
+        passing = "unable to (open|mmap)|(out of|allocate) memory"  # as PyTorch says it
+        passes = isinstance(error, (OSError, MemoryError)) or re.search(passing, reason)
         kind = ModelOutOfReach if passes else ModelUnavailable
         raise kind(f"{what} cannot be loaded ({reason}).") from None
 
