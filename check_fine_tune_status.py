@@ -9,21 +9,21 @@ Omits   pausing a job; a picture of the loss (extras/plot_loss.py); deleting (ex
     python check_fine_tune_status.py --list                   # the newest jobs
 """
 
-import argparse
-import json
-import os
-import sys
-import time
-from pathlib import Path
-from statistics import fmean
-
 try:
+    import argparse
+    import json
+    import os
+    import sys
+    import time
+    from pathlib import Path
+    from statistics import fmean
+
     import openai
     from dotenv import load_dotenv
 except ModuleNotFoundError as missing:
     sys.exit(f"{missing.name} is missing: activate .venv, or pip install -r requirements.txt")
-except KeyboardInterrupt:  # importing openai takes half a second
-    sys.exit(130)
+except KeyboardInterrupt:  # the imports take half a second
+    raise SystemExit(130) from None
 
 
 # The words for a job's end, on all servers that are known. Any other word means: it goes on.

@@ -14,21 +14,21 @@ The same command again, even after a kill, reports the latest job if it is the s
 
 from __future__ import annotations
 
-import argparse
-import hashlib
-import json
-import os
-import sys
-import time
-from pathlib import Path
-
 try:
+    import argparse
+    import hashlib
+    import json
+    import os
+    import sys
+    import time
+    from pathlib import Path
+
     import openai
     from dotenv import load_dotenv
 except ModuleNotFoundError as missing:
     sys.exit(f"{missing.name} is missing: activate .venv, or pip install -r requirements.txt")
-except KeyboardInterrupt:  # importing openai takes half a second
-    sys.exit(130)
+except KeyboardInterrupt:  # the imports take half a second
+    raise SystemExit(130) from None
 
 TRAINING_FILE = "training_data.jsonl"
 DEFAULT_MODEL = "gpt-4.1-mini-2025-04-14"  # the cheapest that OpenAI fine-tunes, until 2027-01-06

@@ -10,24 +10,24 @@ Omits   similarity by embeddings; a judge model and a web page of the results ar
     python test_model.py ftjob-abc123 --min-pass-rate 0.9   # an earlier job's model; for CI
 """
 
-import argparse
-import json
-import math
-import os
-import re
-import sys
-from concurrent.futures import ThreadPoolExecutor
-from difflib import get_close_matches
-from pathlib import Path
-from threading import Lock
-
 try:
+    import argparse
+    import json
+    import math
+    import os
+    import re
+    import sys
+    from concurrent.futures import ThreadPoolExecutor
+    from difflib import get_close_matches
+    from pathlib import Path
+    from threading import Lock
+
     import openai
     from dotenv import load_dotenv
 except ModuleNotFoundError as missing:
     sys.exit(f"{missing.name} is missing: activate .venv, or pip install -r requirements.txt")
-except KeyboardInterrupt:  # importing openai takes half a second
-    sys.exit(130)
+except KeyboardInterrupt:  # the imports take half a second
+    raise SystemExit(130) from None
 
 CASES_FILE = Path(__file__).parent / "examples" / "techflow_support" / "test_cases.json"
 JOURNAL = Path("test_answers.jsonl")

@@ -10,19 +10,19 @@ Omits   tools, images, saved conversations.
     python use_fine_tuned_model.py ftjob-abc123 "Where is my invoice?"
 """
 
-import argparse
-import json
-import os
-import sys
-from pathlib import Path
-
 try:
+    import argparse
+    import json
+    import os
+    import sys
+    from pathlib import Path
+
     import openai
     from dotenv import load_dotenv
 except ModuleNotFoundError as missing:
     sys.exit(f"{missing.name} is missing: activate .venv, or pip install -r requirements.txt")
-except KeyboardInterrupt:  # importing openai takes half a second
-    sys.exit(130)
+except KeyboardInterrupt:  # the imports take half a second
+    raise SystemExit(130) from None
 
 SAMPLING = {"temperature": 0.0, "max_tokens": 400}  # as in step 5; 0.0: always the likeliest word
 ENDINGS = {  # what the API's finish_reason means, where it is not "stop": the answer is whole

@@ -121,7 +121,7 @@ def main(argv: list[str] | None = None) -> None:
     load_dotenv()
     try:
         document = json.loads(Path(args.results).read_bytes())
-        results = [one for one in document["results"] if not one.get("in_training_data")]
+        results = document["results"]
         rate(openai.OpenAI(), args.judge, results)
     except FileNotFoundError:
         sys.exit(f"There is no {args.results} here: run python test_model.py first.")

@@ -15,7 +15,7 @@ from html import escape  # every text of a model goes through it, so that none b
 from pathlib import Path
 from string import Template
 
-SIDES = {"base": "Base model", "fine_tuned": "Fine-tuned"}
+SIDES = ("base", "fine_tuned")
 OUTCOMES = ("broken", "fixed", "still failing", "still passing")  # the order of the cases
 PAGE = Template("""<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><title>$verdict</title>
@@ -47,7 +47,7 @@ pre { margin: 0; padding: .6rem; background: var(--card); font: inherit; white-s
 @media (max-width: 44rem) { .answers { grid-template-columns: minmax(0, 1fr) }
   .pair { grid-template-columns: 1fr 9rem } .pair b { grid-row: auto; grid-column: span 2 } }
 </style></head><body><h1>Verdict: $verdict</h1><p>$sentence</p><p class="dim">$about</p>
-<p><i class="base key"></i> base model $base_model<br>
+<p><i class="base key"></i> $other $base_model<br>
 <i class="fine_tuned key"></i> fine-tuned $model</p>$bars<h2>Success criteria</h2><ul>$criteria</ul>
 <h2>Cases</h2><form>$buttons<select aria-label="Category"><option value="">all categories</option>
 $categories</select> <output></output></form><main>$cards</main>
@@ -97,10 +97,10 @@ def what_is_wrong(answer: dict) -> str:
     return "; ".join(check.get("name") or check["problem"] for check in failed)
 
 
-def show_answer(side: str, answer: dict, text: str) -> str:
+def show_answer(whose: str, answer: dict, text: str) -> str:
     """Return one model's answer, whether it passed, and how a judge has rated it."""
     mark = '<b class="good">passed</b>' if answer["passed"] else '<b class="bad">failed</b>'
-    heading = f"{SIDES[side]}: {mark}"
+    heading = f"{whose.capitalize()}: {mark}"
     if answer.get("judged"):
         ratings = [f"{name[6:]} {answer[name]}" for name in answer if name.startswith("judge_")]
         heading += f" (judge: {', '.join(ratings)})"
@@ -108,18 +108,17 @@ def show_answer(side: str, answer: dict, text: str) -> str:
     return f"<section><h3>{heading}</h3>{wrong}<pre>{escape(text)}</pre></section>"
 
 
-def card(result: dict) -> str:
+def card(result: dict, other: str) -> str:
     """Return one case: closed, it shows outcome, id and question; a broken one stands open."""
-    outcome, asked = result["outcome"], escape(result["question"])
-    name = result["id"] + " (in the training data)" * bool(result.get("in_training_data"))
+    outcome, name, asked = result["outcome"], escape(result["id"]), escape(result["question"])
     kind, category = outcome.replace(" ", "-"), escape(result["category"])
-    head = f'<b class="{kind}">{outcome}</b> <span class="dim">{escape(name)}</span> {asked}'
+    head = f'<b class="{kind}">{outcome}</b> <span class="dim">{name}</span> {asked}'
     parts = [f"<summary>{head}</summary>"]
     for turn in result["history"]:
         parts.append(f"<h3>{escape(turn['role'])}</h3><pre>{escape(turn['content'])}</pre>")
     parts.append('<div class="answers">')
-    parts.append(show_answer("base", result["base"], result["base_generated"]))
-    parts.append(show_answer("fine_tuned", result["fine_tuned"], result["generated"]))
+    parts.append(show_answer(other, result["base"], result["base_generated"]))
+    parts.append(show_answer("fine-tuned", result["fine_tuned"], result["generated"]))
     parts.append(f"</div><h3>Expected</h3><pre>{escape(result['expected'] or '')}</pre>")
     is_open = " open" if outcome == "broken" else ""
     start = f'<details data-outcome="{kind}" data-category="{category}"{is_open}>'
@@ -136,6 +135,7 @@ def make_page(summary: dict, results: list[dict], tested: float) -> str:
         kind = outcome.replace(" ", "-")
         buttons += f'<button type="button" class="{kind}" value="{kind}">{outcome}</button>'
     groups = {**summary["categories"], "all": summary}
+    other = "other model" if summary["base_model"].startswith("ft:") else "base model"
     names = ("verdict", "sentence", "base_model", "model")
     return PAGE.substitute(
         {name: escape(summary[name]) for name in names},
@@ -144,7 +144,8 @@ def make_page(summary: dict, results: list[dict], tested: float) -> str:
         criteria="".join(map(criterion_line, summary["criteria"])),
         buttons=buttons,
         categories="".join(f"<option>{escape(name)}</option>" for name in summary["categories"]),
-        cards="".join(map(card, results)),
+        cards="".join(card(result, other) for result in results),
+        other=other,
     )
 
 

@@ -346,6 +346,15 @@ def test_the_page_says_what_was_tested_when_and_what_was_asked(api):
     assert "Says hi, 1 of 2 (asked: 90% of at least 5 cases); tone rated 4.2 (asked: 4.5)</li>" in page
 
 
+def test_of_two_fine_tuned_models_none_is_called_the_base_model(api):
+    document = document_of([one_result("a", False, True)])
+    document["summary"]["base_model"] = "ft:tiny:local:round-1:Ab"
+    write(document)
+    report_page.main([])
+    page = Path("report.html").read_text("utf-8").lower()
+    assert "other model ft:tiny:local:round-1:ab" in page and "<h3>other model: " in page and "base model" not in page
+
+
 def test_a_check_s_name_is_shown_instead_of_its_pattern(api):
     result = one_result("a", False, False)
     result["fine_tuned"]["checks"][0]["name"] = "refers to the project"

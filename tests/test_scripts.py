@@ -170,6 +170,14 @@ def test_a_missing_package_is_named_with_its_cure(script, tmp_path):
     assert done.returncode == 1 and "pip install -r requirements.txt" in done.stderr and "Traceback" not in done.stderr
 
 
+@pytest.mark.parametrize("script", CLIENTS)
+@pytest.mark.parametrize("module", ["argparse", "openai"])  # the first import, and the longest
+def test_ctrl_c_during_the_imports_is_no_traceback(script, module, tmp_path):
+    (tmp_path / f"{module}.py").write_text("raise KeyboardInterrupt")
+    done = alone(script, tmp_path)
+    assert done.returncode == 130 and done.stderr == ""
+
+
 # The project
 
 
