@@ -197,7 +197,7 @@ def conclude(client, job) -> None:
         fault = getattr(job.error, "param", None)  # what the server holds to be wrong
         step = f"fine_tune.py {record.get('training_file_path', '')}"
         if fault in ("training_file", "validation_file"):
-            step = f"prepare_training_data.py --check {record.get(f'{fault}_path', 'FILE')}"
+            step = "prepare_training_data.py {0} -o {0}".format(record.get(f"{fault}_path", "FILE"))
         sys.exit(f"\nJob {ended(job)}: {said.rstrip('.')}. Next: python {step}")
     best = show_checkpoints(client, job)
     if record and job.fine_tuned_model:

@@ -129,8 +129,8 @@ def read_report(order: dict, max_cost: float) -> dict:
     path = Path(order["training_file_path"]).with_suffix(".report.json")
     report = json.loads(path.read_text("utf-8")) if path.exists() else {}
     if report.get("sha256") != order["sha256"]:  # not of these bytes
-        check = f"python prepare_training_data.py --check {order['training_file_path']}"
-        print(f"Data:  no report of step 1, so neither cost nor system prompt is known: {check}")
+        step_1 = "python prepare_training_data.py {0} -o {0}".format(order["training_file_path"])
+        print(f"Data:  no report of step 1, so neither cost nor system prompt is known: {step_1}")
         return {"system_prompt": None, "estimated_cost": None}
     counts = f"{report['examples']:,} examples, {report['tokens']:,} tokens ({report['counted']})"
     print(f"Data:  {counts}, warnings: {report['warnings']}")

@@ -9,11 +9,11 @@ Needs   JSON, JSON Lines, or a table with a header (CSV, TSV). A record has one 
             messages or conversations, of role and content or from and value (ShareGPT)
 Leaves  training_data.jsonl, one {"messages": [...]} a line; what it replaces is kept as .bak.
         training_data.report.json: what was found in exactly these bytes, for step 2.
-Omits   data for other methods (DPO); the inside of tool calls and images, which go in unseen.
+Omits   data for other methods (DPO); rows with tools or images, which go in as they are.
 
     python prepare_training_data.py
     python prepare_training_data.py my_faq.csv --system "You are ..." --hold-out 0.2
-    python prepare_training_data.py --check training_data.jsonl     # judge it as an upload
+    python prepare_training_data.py training_data.jsonl     # once more, after you have edited it
 """
 
 from __future__ import annotations
@@ -25,11 +25,9 @@ import io
 import json
 import os
 import re
-import shutil
 import sys
 from collections import Counter
 from pathlib import Path
-from typing import Any
 
 try:
     import tiktoken
@@ -52,17 +50,18 @@ TOKEN_LIMIT = 65_536  # of one example
 
 
 class Row:
-    """A record on its way to the training file; line 0 stands for the file as a whole."""
+    """A record on its way into the training file; line 0 stands for the file as a whole."""
 
-    def __init__(self, file: str, line: int, example=None):
+    text = prompt = answer = last_role = ""
+    is_sound, is_given, is_trained, tokens = True, False, False, 0
+
+    def __init__(self, file: str, line: int):
         self.file, self.line = file, line
-        self.example = example  # the record as it was read, then {"messages": [...]}
-        self.left_out: dict = {}  # what is not written of it
-        self.faults: list[tuple[str, str]] = []  # (kind, sentence with the cure)
-        self.is_sound, self.is_trained, self.is_unseen, self.tokens = True, False, False, 0
+        self.example: dict = {"messages": []}  # what is written of the record
+        self.left_out: dict = {}  # what is not
+        self.faults: list[tuple[str, str]] = []  # kind, and sentence with the cure
         self.texts: list[str] = []  # what its messages say, and by role:
         self.said: dict[str, list[str]] = {role: [] for role in ROLES}
-        self.text = self.system = self.prompt = self.answer = self.last_role = ""
 
     def fault(self, kind: str, sentence: str) -> None:
         self.faults.append((kind, sentence))
@@ -73,9 +72,11 @@ class Row:
 
 # How workbooks, Parquet, chat logs, Markdown, PDF and HTML begin
 NO_RECORDS = r"PK\x03|PAR1|\[?\d+[./-]\d+[./-]\d+,? |#+ |#sep|[*>-] |---|\*\*|Q:|[|<]|%PDF"
+# {"faqs": [{...}, ...]}
+LIST_WITHIN = r'\s*{[^][{}]*"(?!messages|conversations|history|tools|prompt)(\w+)"\s*:\s*\[(?=\s*{)'
 
 
-def read(path: str, check: bool):
+def read(path: str):
     data = Path(path).read_bytes()
     encoding = "utf-16" if data[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig"
     text = data.decode(encoding, "replace").replace("\r\n", "\n").replace("\r", "\n").rstrip()
@@ -84,52 +85,41 @@ def read(path: str, check: bool):
     if "\ufffd" in text:
         line = text.count("\n", 0, text.index("\ufffd")) + 1
         sys.exit(f"{path}:{line}: this is no UTF-8: save it so (a table in Excel as CSV UTF-8).")
-    if check and re.search(r"^\s*[^{\s]|[^}\s]\s*$", text, re.MULTILINE):
-        sys.exit(f"{path}: an upload has one object a line: run this without --check to make it.")
-    return read_json(path, text) if text.lstrip()[0] in "[{" else read_table(path, text)
+    return read_json(path, text) if text.lstrip()[0] in "[{" else read_table(path, text.lstrip())
 
 
 def read_json(path: str, text: str):
     """Go from record to record: those of a list, one on each line, or printed over many."""
     decoder, next_record = json.JSONDecoder(), re.compile(r"[^\s,\[\]]")
-    line, end, length = 1, 0, len(text)
-    while found := next_record.search(text, end, length):
+    line, counted, end = 1, 0, 0
+    list_within = re.match(LIST_WITHIN, text)
+    if list_within:  # {"faqs": [...]}: begin inside of the list
+        print(f"{path}: the records are those in `{list_within[1]}`; the rest is left out.")
+        end = list_within.end()
+    while found := next_record.search(text, end):
         start = found.start()
-        line += text.count("\n", end, start)
+        line, counted = line + text.count("\n", counted, start), start
+        if list_within and text[start] != "{":  # what stands behind the list
+            return
         try:
             record, end = decoder.raw_decode(text, start)
         except (ValueError, RecursionError) as error:
             sys.exit(f"{path}:{line}: error: invalid-json: {error}: mend it there, and run again.")
-        if end == length and list_within(record):  # {"faqs": [...]}: go on inside of the list
-            name = list_within(record)
-            print(f"{path}: the records are those in `{name}`; what is beside it is left out.")
-            end = text.index("[", text.index(f'"{name}"', start))
-            length = decoder.raw_decode(text, end)[1]
-        else:
-            yield line, record
-        line += text.count("\n", start, end)
-
-
-def list_within(record) -> str:
-    """Return the name of the one list of objects in an object that is no record itself."""
-    if not isinstance(record, dict) or find_shape(record):
-        return ""
-    lists = [name for name, value in record.items() if str(value).startswith("[{")]
-    return lists[0] if len(lists) == 1 else ""
+        yield line, record
 
 
 def read_table(path: str, text: str):
     """Go through a table, whose header names the columns and shows the delimiter."""
-    header = text.lstrip().split("\n")[0]
-    delimiter = ";" if ";" in header else ","
-    delimiter = "\t" if "\t" in header else delimiter
+    header, delimiter = text.split("\n")[0], ","
+    for sign in ";\t":
+        if sign in header:
+            delimiter = sign
     csv.field_size_limit(2**31 - 1)  # an answer may be longer than the module's 128 KB
-    lines = io.StringIO(text.lstrip())
-    table = csv.DictReader(lines, None, "", "", delimiter=delimiter, strict=True)
+    table = csv.DictReader(io.StringIO(text), restval="", delimiter=delimiter, strict=True)
     line = 2
     try:
         for record in table:
-            beyond = "".join(record.pop("", ""))  # fields that have no name in the header
+            beyond = "".join(record.pop(None, []))  # fields that have no name in the header
             if beyond or any(record.values()):
                 yield line, beyond or record
             line = table.line_num + 1
@@ -143,23 +133,50 @@ def read_table(path: str, text: str):
 SHAPES: list = [("messages",), ("conversations",)]  # of a list of messages; and of two texts:
 SHAPES += [("question", "answer"), ("prompt", "completion"), ("instruction", "output")]
 ROLES = ("system", "developer", "user", "assistant", "tool")
-OTHER_ROLES = {"human": "user", "gpt": "assistant", "ai": "assistant", "model": "assistant"}
-OTHER_KEYS = {"from": "role", "value": "content"}
-KEYS = {"messages", "tools", "parallel_tool_calls"}
+OTHER_NAMES = {"from": "role", "value": "content", "human": "user"}
+OTHER_NAMES |= {"gpt": "assistant", "ai": "assistant", "model": "assistant"}
 MESSAGE_KEYS = {"role", "content", "name", "weight", "tool_calls", "tool_call_id"}
 CONTEXT = {"context", "input", "passage", "document", "documents", "background", "history"}
-CONTEXT |= {"functions", "function_call of messages"}
+CONTEXT |= {"functions", "function_call of messages"}  # `tools` and `tool_calls` today
 
 
-def filled(record) -> dict:
-    """Return an object without its nulls, which count as absent, and {} for what is none."""
-    pairs = record.items() if isinstance(record, dict) else ()
-    return {key: value for key, value in pairs if value is not None}
-
-
-def find_shape(record) -> tuple[str, ...]:
-    names = {name.strip().lower() for name in record}
-    return next((shape for shape in SHAPES if names.issuperset(shape)), ())
+def to_example(row: Row, original, columns: dict[str, str], system: str) -> None:
+    """Make row.example of a record, or tell why it stands for nothing."""
+    if not isinstance(original, dict):
+        return row.fault("not-an-object", 'a record is {"question": "...", "answer": "..."}')
+    record = {}
+    for name, value in original.items():
+        plain = name.strip().lower()
+        record[columns.get(plain, plain)] = value
+    if isinstance(record.get("label"), bool) or record.keys() & {"chosen", "preferred_output"}:
+        cure = "keep the good answers alone (docs/your_data.md)"
+        return row.fault("unknown-shape", f"this is data for another method, DPO or KTO: {cure}")
+    shape = next((shape for shape in SHAPES if record.keys() >= set(shape)), ())
+    if not shape or len(record) < len(original):
+        found = ", ".join(f"`{name}`" for name in original)[:80]
+        cure = "--columns question=NAME,answer=NAME, or another way in docs/your_data.md"
+        return row.fault("unknown-shape", f"found {found}: say which they are: {cure}")
+    messages, *answer = [record.pop(name) for name in shape]
+    if "instruction" in shape and record.get("input"):  # Alpaca: what the instruction is for
+        messages = f"{messages}\n\n{record.pop('input')}"
+    if answer:
+        messages = turns(messages, *answer)
+    if not isinstance(messages, list) or not messages:
+        return row.fault("missing-messages", "there is no list of `messages`: write one")
+    if isinstance(record.get("history"), list):
+        for pair in reversed(record.pop("history")):  # of question and answer; or a message
+            messages = (turns(*pair) if isinstance(pair, list) else [pair]) + messages
+    own = record.pop("system", None)
+    messages = [to_message(row, message) for message in messages]
+    if (own or system) and messages[0].get("role") not in ("system", "developer"):
+        messages.insert(0, {"role": "system", "content": own or system})
+        row.is_given = not own
+    row.example = {"messages": messages}
+    for name, value in record.items():
+        if name in {"tools", "parallel_tool_calls"} and value is not None:
+            row.example[name] = value
+        else:
+            row.left_out[name] = value
 
 
 def turns(asked, answered) -> list:
@@ -169,57 +186,16 @@ def turns(asked, answered) -> list:
     return question + (answered if isinstance(answered, list) else answer)
 
 
-def to_example(row: Row, columns: dict[str, str], system: str) -> None:
-    """Make row.example what the record stands for, or tell why it stands for nothing."""
-    record, found = {}, ", ".join(f"`{name}`" for name in row.example)[:80]
-    for name, value in row.example.items():
-        plain = name.strip().lower()
-        record[columns.get(plain, plain)] = value
-    shape = find_shape(record)
-    is_rated = str(record.get("label")).lower() in ("true", "false")
-    if is_rated or "chosen" in record or "preferred_output" in record:
-        cure = "keep the good answers alone (docs/your_data.md)"
-        return row.fault("unknown-shape", f"this is data for another method, DPO or KTO: {cure}")
-    if not shape or len(record) < len(row.example):
-        cure = "--columns question=NAME,answer=NAME, or another way in docs/your_data.md"
-        return row.fault("unknown-shape", f"found {found}: say which they are: {cure}")
-    messages, *answer = [record.pop(name) for name in shape]
-    about = record.pop("input", "") if "instruction" in shape else ""
-    if about:  # Alpaca: the text that the instruction is for
-        messages = f"{messages}\n\n{about}"
-    if answer:
-        messages = turns(messages, *answer)
-    if not isinstance(messages, list):
-        return row.fault("missing-messages", "there is no list of `messages`: write one")
-    if isinstance(record.get("history"), list):
-        for pair in reversed(record.pop("history")):  # of question and answer; or a message
-            messages = (turns(*pair) if isinstance(pair, list) else [pair]) + messages
-    system = record.pop("system", None) or system
-    messages = [to_message(row, message) for message in messages]
-    if system and messages and messages[0].get("role") not in ("system", "developer"):
-        messages.insert(0, {"role": "system", "content": system})
-    row.example = {"messages": messages}
-    for name, value in record.items():
-        if name in KEYS and value is not None:
-            row.example[name] = value
-        else:
-            row.left_out[name] = value
-    for name in CONTEXT:
-        if row.left_out.get(name):
-            cure = "join it to the question if the answer needs it"
-            row.fault("not-in-training", f"`{name}` is not in the training data: {cure}")
-
-
 def to_message(row: Row, raw) -> dict:
     """Return a message with the API's names for its keys and roles, and without other keys."""
     message = {}
     for key, value in raw.items() if isinstance(raw, dict) else ():
-        name = OTHER_KEYS.get(key.lower(), key.lower())
+        name = OTHER_NAMES.get(key.lower(), key.lower())
         if name not in MESSAGE_KEYS:
             row.left_out[f"{key} of messages"] = value
         elif name == "role":
-            message[name] = OTHER_ROLES.get(str(value).lower(), str(value).lower())
-        elif value is not None:
+            message[name] = OTHER_NAMES.get(str(value).lower(), str(value).lower())
+        elif value is not None:  # null counts as absent, as it does at the API
             message[name] = value
     return message
 
@@ -228,21 +204,17 @@ def to_message(row: Row, raw) -> dict:
 
 WARNINGS = {"last-not-assistant", "short-answer", "placeholder-answer", "html", "mojibake"}
 WARNINGS |= {"not-in-training", "tutorial-prompt", "common-mark", "few-examples"}
-WARNINGS |= {"duplicate", "conflicting-answer"}  # other kinds, and repetitions: not written
+WARNINGS |= {"not-looked-into", "duplicate", "conflicting-answer"}  # other kinds: not written
 NO_ANSWERS = {"nan", "none", "null", "#n/a", "n/a", "tbd", "todo"}
 CONTROL = r"<\|(?:(?:start|end)of\w+|fim_\w+|im_\w+)\|>"
 SECRET = (
-    r"-----BEGIN [A-Z0-9 ]*PRIVATE KEY|\bsk-(?=[\w-]*\d)[\w-]{20}|A[KS]IA[A-Z0-9]{16}|"
+    r"-----BEGIN [A-Z0-9 ]*PRIVATE KEY|sk-(?<!\wsk-)(?=[\w-]*\d)[\w-]{20}|A[KS]IA[A-Z0-9]{16}|"
     r"AIza[\w-]{35}|gh[pousr]_\w{36}|github_pat_\w{22}|glpat-[\w-]{20}|hf_\w{30}|npm_\w{36}|"
     r"xox[abeprs]-[\w-]{10}|[rs]k_(?:live|test)_\w{16}|pypi-[\w-]{50}|eyJ[\w-]{8,}\.eyJ[\w-]{8,}\."
 )
-# Each secret has one of these in it; to look for them first is many times faster.
-MARK = (
-    r"BEGIN|sk-|A[KS]IA|AIza|gh[pousr]_|hf_|eyJ|github_pat_|glpat-|xox|k_live_|k_test_|npm_|pypi-"
-)
 HTML = r"&(?:amp|[lg]t|quot|nbsp|#\d+);|</?(?:p|br|div|span|b|i|em|ul|li|a)(?: [^<>]*=[^<>]*)?/?>"
-MOJIBAKE = r"â€.|[ÃÂ][\x80-\xbf]|\ufffd"  # "Itâ€™s", "schÃ¶n"
-SURROGATE = r"[\ud800-\udfff]"
+MOJIBAKE = r"â€.|[ÃÂ][\x80-\xbf]"  # "Itâ€™s", "schÃ¶n"
+UNSEEN = r'(?<!\\)"(?:role": "tool"|content": \[|tool_call)'  # in JSON
 RULES = [
     ("no-user-message", lambda row: not row.said["user"], "there is no question: add it"),
     ("no-assistant-message", lambda row: not row.said["assistant"], "there is no answer: add it"),
@@ -250,51 +222,25 @@ RULES = [
     ("empty-answer", lambda row: "" in row.said["assistant"], "an answer is empty: write it"),
     ("nothing-trained", lambda row: not row.is_trained, "each answer has weight 0: take one off"),
     ("control-token", lambda row: re.search(CONTROL, row.text), "the API rejects <|...|>: cut it"),
-    ("secret", lambda row: has_secret(row.text), "there is a key: take it out, revoke it"),
+    ("secret", lambda row: re.search(SECRET, row.text), "there is a key: take it out, revoke it"),
     ("blank-run", lambda row: re.search(r"\s{100000}", row.text), "too many blanks in a row"),
-    ("lone-surrogate", lambda row: search_beyond_ascii(SURROGATE, row.text), "half a character"),
+    ("lone-surrogate", lambda row: re.search("[\ud800-\udfff]", row.text), "half a character"),
     ("last-not-assistant", lambda row: row.last_role != "assistant", "the end teaches nothing"),
     ("placeholder-answer", lambda row: row.answer in NO_ANSWERS, "it stands for no answer"),
     ("short-answer", lambda row: len(row.answer) < SHORT_ANSWER, "the model will be as brief"),
     ("html", lambda row: re.search(HTML, row.text), "the model will write such marks too"),
-    ("mojibake", lambda row: search_beyond_ascii(MOJIBAKE, row.text), "read in a wrong encoding"),
+    ("mojibake", lambda row: re.search(MOJIBAKE, row.text), "it was read in a wrong encoding"),
 ]
-
-
-def has_secret(text: str) -> bool:
-    return bool(re.search(MARK, text) and re.search(SECRET, text))
-
-
-def search_beyond_ascii(form: str, text: str) -> bool:
-    return not text.isascii() and bool(re.search(form, text))
-
-
-def text_of(message: dict):
-    """Return what a message says: its text, the texts of its parts, the functions it calls."""
-    text = message.get("content")
-    if isinstance(text, list) and text != []:
-        text = "\n".join(str(filled(part).get("text", "[image]")) for part in text)
-    if "tool_calls" in message:
-        text = f"{text or ''}{message['tool_calls']}"
-    return text
 
 
 def judge(row: Row) -> None:
     """Tell the faults that an example has by itself."""
-    if not row.is_sound:
-        return
-    if not isinstance(row.example, dict):
-        return row.fault("not-an-object", 'a record is {"question": "...", "answer": "..."}')
-    if not row.example.get("messages") or not isinstance(row.example["messages"], list):
-        return row.fault("missing-messages", "there is no list of `messages`: write one")
-    unknown = filled(row.example).keys() - KEYS
-    row.is_unseen = len(row.example) > 1
-    for message in map(filled, row.example["messages"]):
-        text, role, weight = text_of(message), message.get("role"), message.get("weight", 1)
-        unknown |= message.keys() - MESSAGE_KEYS
-        if unknown:
-            cure = "delete it (functions are `tools` and `tool_calls` now)"
-            return row.fault("unknown-key", f"the API does not know `{min(unknown)}`: {cure}")
+    row.text = json.dumps(row.example)
+    if len(row.example) > 1 or re.search(UNSEEN, row.text):
+        row.texts = [str(message) for message in row.example["messages"]]
+        return row.fault("not-looked-into", "tools, images: python -m local_api --check FILE does")
+    for message in row.example["messages"]:
+        text, role, weight = message.get("content"), message.get("role"), message.get("weight", 1)
         if role not in ROLES:
             return row.fault("unknown-role", "write user or assistant as the `role`")
         if not isinstance(text, str) or not isinstance(message.get("name", ""), str):
@@ -305,13 +251,9 @@ def judge(row: Row) -> None:
         row.said[role].append(text.strip())
         row.is_trained |= role == "assistant" and weight == 1
         row.last_role = role
-        row.is_unseen |= (
-            role == "tool" or "tool_call_id" in message or text != message.get("content")
-        )
-    row.text, answers = "\n".join(row.texts), row.said["assistant"]
-    row.system = "\n".join(row.said["system"] + row.said["developer"])
-    row.prompt = "\n".join(row.said["user"] + answers[:-1]).lower()
-    row.answer = "".join(answers[-1:]).lower()
+    row.text = "\n".join(row.texts)
+    row.prompt = "\n".join(row.texts[:-1]).strip().lower()  # with the system message
+    row.answer = "".join(row.texts[-1:]).strip().lower()
     for kind, is_broken, cure in RULES:
         if row.is_sound and is_broken(row):
             row.fault(kind, cure)
@@ -324,27 +266,30 @@ def judge_file(file: Row, rows: list[Row]) -> None:
     elif len(rows) < ADVISED_EXAMPLES:
         file.fault("few-examples", f"{len(rows)} examples: {ADVISED_EXAMPLES} or more are better")
     for name, at in (("prompt", -2), ("answer", -1)):
-        start, end = (r"^\s+", slice(20)), (r"\s*(?:#+|[-=]+>|END|STOP)\s*$|\s+$", slice(-20, None))
-        for form, part in (start, end):  # Q: ... ->  A: ... END
-            marks = {"".join(re.findall(form, row.texts[at][part])) for row in rows}
+        for form in (r"\A\s+", r"\s*(?:#+|[-=]+>|END|STOP)\s*\Z|\s+\Z"):
+            marks = {"".join(re.findall(form, row.texts[at])) for row in rows}
             if len(marks) == 1 and marks != {""}:
                 cure = "chat needs none, take it out"
                 file.fault("common-mark", f"each {name} has {marks.pop()!r}: {cure}")
+    lost = Counter(name for row in rows for name, value in row.left_out.items() if value)
+    for name in CONTEXT & lost.keys():
+        what = f"`{name}` is not in the training data: {lost[name]:,} rows"
+        file.fault("not-in-training", f"{what}; join it to the question if the answer needs it")
 
 
 def tell(rows: list[Row], show_all: bool) -> None:
     """Print the faults; one that more than three rows have only once, with the count."""
     groups: dict = {}
     for row in rows:
+        place = f"{row.file}:{row.line}" if row.line else row.file
         for kind, sentence in row.faults:
-            groups.setdefault((row.file, kind), []).append((row.line, sentence))
-    for (file, kind), found in groups.items():
+            groups.setdefault((row.file, kind), []).append((place, sentence))
+    for (_, kind), found in groups.items():
         level, more = "warning" if kind in WARNINGS else "error", ""
         if len(found) > 3 and not show_all:
-            lines = ", ".join(str(line) for line, _ in found[:3])
+            lines = ", ".join(place.split(":")[-1] for place, _ in found[:3])
             found, more = found[:1], f" ({len(found):,} rows: lines {lines}, ...)"
-        for line, sentence in found:
-            place = f"{file}:{line}" if line else file
+        for place, sentence in found:
             print(f"{place}: {level}: {kind}: {sentence}{more}", file=sys.stderr)
 
 
@@ -359,10 +304,8 @@ class TrainingDataPreparator:
         self.model = model or os.environ.get("FINE_TUNE_MODEL") or DEFAULT_MODEL
         self.system = SYSTEM_PROMPT if system is None else system
         self.counted = "exact" if self.model in PRICES else "approximate"  # for other tokenizers
-        if folder := os.environ.get("TIKTOKEN_CACHE_DIR"):  # .env names it relative to this script
-            os.environ["TIKTOKEN_CACHE_DIR"] = str(Path(__file__).parent / folder)
         try:
-            self.encoding: Any = tiktoken.get_encoding("o200k_base")
+            self.encoding = tiktoken.get_encoding("o200k_base")
         except (OSError, ValueError):  # the vocabulary is not here and cannot be downloaded
             self.encoding, self.counted = None, "estimated"
 
@@ -375,57 +318,58 @@ class TrainingDataPreparator:
     def count_tokens(self, texts: list[str]) -> list[int]:
         if self.encoding is None:
             return [len(text.encode()) // 4 for text in texts]
-        return [len(self.encoding.encode_ordinary(text)) for text in texts]
+        counts: list[int] = []
+        for start in range(0, len(texts), 1000):  # tiktoken encodes a batch on all cores
+            batch = self.encoding.encode_ordinary_batch(texts[start : start + 1000])
+            counts.extend(map(len, batch))
+        return counts
 
-    def prepare_data(self, inputs, output, columns=None, check=False, hold_out=0.0, show_all=False):
-        """Read, judge, compare, count and write; return what the report file holds.
+    def prepare_data(self, inputs, output, columns=None, hold_out=0.0, show_all=False) -> dict:
+        """Read, judge, compare and write; return what the report file holds.
 
         columns: {name in the data: name of a shape}; hold_out: the share for test cases.
         """
         rows, file = [], Row(output, 0)
         for path in inputs:
-            for line, record in read(path, check):
-                rows.append(Row(path, line, record))
-                if isinstance(record, dict) and not check:
-                    to_example(rows[-1], columns or {}, self.system)
+            for line, record in read(path):
+                rows.append(Row(path, line))
+                to_example(rows[-1], record, columns or {}, self.system)
                 judge(rows[-1])
-        training, tests = self.compare([row for row in rows if row.is_sound], check, hold_out)
+        training, tests = self.compare([row for row in rows if row.is_sound], hold_out)
         judge_file(file, training)
-        given = [row.system for row in training].count(self.system or None)
+        given = sum(row.is_given for row in training)
         if given and "TechFlow" in self.system and "techflow" not in inputs[0]:
             file.fault("tutorial-prompt", "it makes TechFlow's assistant: give your own, --system")
         tell([*rows, file], show_all)
-        if not check and not file.is_sound:
+        if not file.is_sound:
             sys.exit(f"Nothing was written: {len(training)} sound examples are too few.")
-        examples = [row.example for row in training]
-        outcome = "judged" if check else save_to_jsonl(examples, output)
+        outcome = save_to_jsonl([row.example for row in training], output)
         report = self.report([*rows, file], training, given)
         print(f"{output}: {outcome}")
         if tests:
             cases = output.removesuffix(".jsonl") + "_test_cases.jsonl"
-            print(f"{cases}: {save_to_jsonl(tests, cases)}")
+            print(f"{cases}: {save_to_jsonl([row.example for row in tests], cases)}")
             print(f"With the model: python test_model.py --cases {cases}")
         return report
 
-    def compare(self, rows: list[Row], check: bool, hold_out: float) -> tuple[list, list]:
+    def compare(self, rows: list[Row], hold_out: float) -> tuple[list[Row], list[Row]]:
         """Tell which rows repeat or contradict others, or are too long; part off test cases."""
-        training, tests, seen, asked = [], [], {}, {}  # type: ignore[var-annotated]
+        training, tests, seen, asked = [], [], {}, {}
         counts = iter(self.count_tokens([text for row in rows for text in row.texts]))
         for row in rows:
-            same = seen.setdefault((row.text, row.is_unseen and repr(row.example)), row)
-            first, number = asked.setdefault(row.prompt, (row, len(asked)))
             row.tokens = 3 + sum(4 + next(counts) for _ in row.texts)
-            if same is not row:
-                what = "keep one" if check else "left out"
-                row.fault("duplicate", f"the same as {same.file}:{same.line}: {what}")
-            elif first.system == row.system and first.answer != row.answer:
-                row.fault("conflicting-answer", f"{first.file}:{first.line} answers it otherwise")
+            same = seen.setdefault(row.text, row)
+            first, number = asked.setdefault(row.prompt, (row, len(asked)))
             if row.tokens > TOKEN_LIMIT:
                 row.fault("too-many-tokens", f"{row.tokens:,}: the end would be cut off")
-            elif check or (same is row and int((number + 1) * hold_out) == int(number * hold_out)):
+            elif same is not row:
+                row.fault("duplicate", f"the same as {same.file}:{same.line}: left out")
+            elif int((number + 1) * hold_out) > int(number * hold_out):
+                tests.append(row)  # evenly spread; rows with one prompt go the same way
+            else:
                 training.append(row)
-            elif same is row:  # test cases are evenly spread; rows with one prompt go the same way
-                tests.append(row.example)
+            if same is row and first.answer != row.answer:
+                row.fault("conflicting-answer", f"{first.file}:{first.line} answers it otherwise")
         return training, tests
 
     def report(self, rows: list[Row], training: list[Row], given: int) -> dict:
@@ -442,29 +386,25 @@ class TrainingDataPreparator:
         whose = f"yours, in {given:,} rows: {self.system[:60]}"
         if "TechFlow" in self.system:
             whose = f'TechFlow\'s, of this tutorial (--system "..." for yours), in {given:,} rows'
-        bad = sum(not row.is_sound for row in rows[:-1])
-        unseen = sum(row.is_unseen for row in training)
         kinds = [kind for row in rows for kind, _ in row.faults]
         warnings = sum(kind in WARNINGS for kind in kinds)
+        bad = sum(not row.is_sound for row in rows)
         print(f"Records          {len(rows) - 1:,}: {len(rows) - 1 - bad:,} valid, {bad:,} invalid")
         for name, count in Counter(name for row in rows for name in row.left_out).items():
             print(f"Left out         {name or 'a column without a name'} ({count:,} rows)")
-        if unseen:
-            print(f"Not looked into  tools or images in {unseen:,} rows, as this does:")
-            print(f"                 python -m local_api --check {path}")
         print(f"System prompt    {whose if given else 'that of the rows, or none'}")
         print(f"Examples         {len(training):,}")
         print(f"Tokens           {tokens:,} ({self.counted})")
         print(f"  billed         {tokens * epochs:,} ({epochs} epochs, as `auto` chooses)")
         print(f"Estimated cost   {words}")
         print(f"Problems         errors {len(kinds) - warnings:,}, warnings {warnings:,}")
-        systems = {row.system or None for row in training}
+        systems = {"\n".join(row.said["system"] + row.said["developer"]) for row in training}
         report: dict = {"file": str(path)}
         report |= {"sha256": hashlib.sha256(path.read_bytes()).hexdigest(), "model": self.model}
         report |= {"examples": len(training), "tokens": tokens, "counted": self.counted}
         report |= {"epochs": epochs, "price_per_million_tokens": price, "estimated_cost": cost}
         report |= {"errors": len(kinds) - warnings, "warnings": warnings}
-        report["system_prompt"] = systems.pop() if len(systems) == 1 else None
+        report["system_prompt"] = (systems.pop() or None) if len(systems) == 1 else None
         path.with_suffix(".report.json").write_text(json.dumps(report, indent=2), "utf-8")
         return report
 
@@ -472,11 +412,13 @@ class TrainingDataPreparator:
 def save_to_jsonl(examples: list[dict], path: str) -> str:
     """Write a file whole or not at all; return what became of it and of the one before it."""
     lines = [json.dumps(example, ensure_ascii=False) + "\n" for example in examples]
-    data, outcome = "".join(lines).encode(), "written"
+    data, outcome, old = "".join(lines).encode(), "written", b""
     if Path(path).exists():
-        if Path(path).read_bytes() == data:
-            return "already up to date"
-        shutil.copy2(path, f"{path}.bak")
+        old = Path(path).read_bytes()
+    if old == data:
+        return "already up to date"
+    if old:
+        Path(f"{path}.bak").write_bytes(old)
         outcome = f"written; what stood there is kept as {path}.bak"
     Path(f"{path}.tmp").write_bytes(data)
     os.replace(f"{path}.tmp", path)
@@ -491,11 +433,14 @@ def auto_epochs(examples: int) -> int:
 
 
 def validate_training_data(examples: list[dict]) -> list[tuple[str, str]]:
-    """Return the (kind, cure) of each fault of examples, judged as an upload."""
-    rows = [Row("examples", number, example) for number, example in enumerate(examples, start=1)]
-    for row in rows:
+    """Return the (kind, cure) of each fault of examples."""
+    faults = []
+    for number, example in enumerate(examples, start=1):
+        row = Row("examples", number)
+        to_example(row, example, {}, "")
         judge(row)
-    return [fault for row in rows for fault in row.faults]
+        faults += row.faults
+    return faults
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -504,7 +449,6 @@ def build_parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("inputs", nargs="*", metavar="INPUT", help="JSON, JSON Lines, CSV (default: TechFlow's)")
     add("-o", "--output", default=DEFAULT_OUTPUT, metavar="FILE", help="default: %(default)s")
-    add("--check", action="store_true", help="judge INPUT as an upload; write its report alone")
     add("--system", metavar="TEXT", help="system prompt of the rows that have none")
     add("--columns", default="", metavar="question=NAME,answer=NAME", help="other names of yours")
     add("--model", help=f"base model (default: FINE_TUNE_MODEL, else {DEFAULT_MODEL})")
@@ -514,26 +458,21 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = build_parser()
-    args = parser.parse_intermixed_args(argv)
+    args = build_parser().parse_intermixed_args(argv)
     pairs = re.findall("([^=,]+)=([^=,]+)", args.columns.lower())
     columns = {own: name for name, own in pairs}
-    tutorial = str(Path(__file__).parent / DEFAULT_INPUT)
-    inputs = args.inputs or [args.output if args.check else tutorial]
-    output = inputs[0] if args.check else args.output
-    if args.output in inputs and not args.check:
-        parser.error(f"{output} would be overwritten: name another with -o, or --check it")
+    inputs = args.inputs or [str(Path(__file__).parent / DEFAULT_INPUT)]
     try:
         step = TrainingDataPreparator(args.model, args.system)
-        report = step.prepare_data(inputs, output, columns, args.check, args.hold_out, args.all)
+        step.prepare_data(inputs, args.output, columns, args.hold_out, args.all)
     except OSError as error:
         sys.exit(f"{error.filename}: {error.strerror}.")
     except KeyboardInterrupt:
         print("\nInterrupted: no file is half written. Run it again.", file=sys.stderr)
         sys.exit(130)
-    if args.check and report["errors"]:
-        sys.exit(f"{output} cannot be uploaded as it is: mend the errors above.")
-    print(f"Next: python fine_tune.py {'' if output == DEFAULT_OUTPUT else output}".strip())
+    print(
+        f"Next: python fine_tune.py {'' if args.output == DEFAULT_OUTPUT else args.output}".strip()
+    )
 
 
 if __name__ == "__main__":

@@ -380,7 +380,6 @@ WARNINGS = [
     ("html", qa("x") | {"answer": ANSWER + "<br/>x"}),
     ("mojibake", qa("x") | {"answer": ANSWER + "Itâ€™s"}),
     ("mojibake", qa("x") | {"answer": ANSWER + "schÃ¶n"}),
-    ("not-in-training", qa("x", input="a passage")),
 ]
 
 
@@ -420,8 +419,8 @@ def test_rows_with_tools_go_through_unseen_and_that_is_said(capsys):
         tools=[{"type": "function", "function": {"name": "f"}}],
     )
     row["messages"].append(ASSISTANT)
-    _, out, err = run(capsys, jsonl("in.jsonl", [*map(qa, range(60)), row]), "--system", "")
-    assert "error" not in err and "python -m local_api --check training_data.jsonl" in out
+    _, _, err = run(capsys, jsonl("in.jsonl", [*map(qa, range(60)), row]), "--system", "")
+    assert "in.jsonl:61: warning: not-looked-into: " in err and "python -m local_api --check FILE" in err
     del row["messages"][1]["content"]  # null counts as absent
     assert written()[-1] == row
 
@@ -440,6 +439,13 @@ def test_what_is_left_out_is_counted(capsys):
     out = run(capsys, jsonl("in.jsonl", rows))[1]
     for part in ("source (12 rows)", "tags (12 rows)", "refusal of messages (1 rows)"):
         assert f"Left out         {part}\n" in out
+
+
+def test_text_that_no_shape_takes_up_is_a_warning_that_names_the_loss(capsys):
+    rows = [qa(n, input=f"passage {n}", background="" if n else "b") for n in range(60)]
+    _, _, err = run(capsys, jsonl("in.jsonl", rows), "--system", "")
+    for part in ("`input` is not in the training data: 60 rows;", "`background` is not in the training data: 1 rows;"):
+        assert f"training_data.jsonl: warning: not-in-training: {part}" in err
 
 
 def test_rows_are_compared(capsys):
@@ -514,47 +520,20 @@ def test_too_few_rows_are_not_written(capsys):
     assert "few-examples" in run(capsys, jsonl("in.jsonl", map(qa, range(10))))[2]
 
 
-# --- --check ---
-
-
-def test_check_judges_as_the_upload_does(capsys):
-    row = chat("Q{}?", ANSWER)
-    rows = [json.loads(json.dumps(row).replace("{}", str(n))) for n in range(60)]
-    code, _out, err = run(capsys, "--check", jsonl("mine.jsonl", rows))
-    assert code == 0 and "error" not in err
-    report = json.loads(Path("mine.report.json").read_text("utf-8"))
-    assert report["examples"] == 60 and report["errors"] == 0 and report["file"] == "mine.jsonl"
-    assert report["sha256"] == hashlib.sha256(Path("mine.jsonl").read_bytes()).hexdigest()
-    jsonl("bad.jsonl", [*rows, qa(1), chat("Q?", ANSWER, metadata={}), {"conversations": [{"from": "human", "value": "a"}]},
-                        chat("Q?", ASSISTANT | {"refusal": "No."}), chat("R?", ASSISTANT | {"refusal": None}), chat({"role": "human", "content": "Q?"}, ANSWER)])  # fmt: skip
-    code, _, err = run(capsys, "--check", "bad.jsonl")
-    assert code == 1 and "bad.jsonl cannot be uploaded as it is" in err.splitlines()[-1]
-    for part in (
-        "61: error: missing-messages",
-        "62: error: unknown-key",
-        "63: error: missing-messages",
-        "64: error: unknown-key",
-        "66: error: unknown-role",
-    ):
-        assert f"bad.jsonl:{part}" in err
-    assert "bad.jsonl:65: error" not in err  # null counts as absent, as at the API
-    assert json.loads(Path("bad.report.json").read_text("utf-8"))["errors"] == 5
-    assert sorted(path.name for path in Path().iterdir()) == [
-        "bad.jsonl",
-        "bad.report.json",
-        "mine.jsonl",
-        "mine.report.json",
-    ]
-
-
-@pytest.mark.parametrize(
-    "text",
-    [TEXT_SHAPES["array.json"], TEXT_SHAPES["pretty.jsonl"], TEXT_SHAPES["lines_comma.jsonl"], "question,answer\n"],
-)
-def test_check_takes_json_lines_alone(capsys, text):
-    Path("in.jsonl").write_text(text)
-    code, _, err = run(capsys, "--check", "in.jsonl")
-    assert code == 1 and "run this without --check" in err
+def test_a_training_file_is_looked_at_again_in_its_place(capsys):
+    run(capsys, jsonl("in.jsonl", map(qa, range(60))), "--system", "S")
+    rows = written()
+    before = Path("training_data.jsonl").read_bytes()
+    code, out, _ = run(capsys, "training_data.jsonl")
+    assert code == 0 and "training_data.jsonl: already up to date" in out and "that of the rows" in out
+    assert Path("training_data.jsonl").read_bytes() == before
+    rows[3]["messages"][1]["content"] = " "
+    edited = Path(jsonl("training_data.jsonl", rows)).read_bytes()
+    code, out, err = run(capsys, "training_data.jsonl")
+    assert code == 0 and "training_data.jsonl:4: error: empty-question" in err
+    assert written() == rows[:3] + rows[4:] and Path("training_data.jsonl.bak").read_bytes() == edited
+    report = json.loads(Path("training_data.report.json").read_text("utf-8"))
+    assert report["sha256"] == hashlib.sha256(Path("training_data.jsonl").read_bytes()).hexdigest()
 
 
 # --- parts ---
@@ -591,10 +570,9 @@ def test_what_is_replaced_is_kept_once(capsys):
 
 
 @pytest.mark.parametrize(("argv", "code", "part"), [
-    (["in.jsonl", "-o", "in.jsonl"], 2, "would be overwritten"),
     (["in.jsonl", "--hold-out", "a"], 2, "invalid float"),
     (["in.jsonl", "-o", "no/such/folder/x.jsonl"], 1, "No such file or directory."),
-    (["--check"], 1, "training_data.jsonl: No such file"),
+    (["none.jsonl"], 1, "none.jsonl: No such file"),
     (["."], 1, "Is a directory."),
 ])  # fmt: skip
 def test_a_mistake_gets_one_sentence(capsys, argv, code, part):
@@ -697,30 +675,27 @@ def strict(text: str) -> set[str]:
     return {problem.kind for problem in judge_file(Path("strict.jsonl"))[1] if problem.level == "error"}
 
 
-@pytest.mark.parametrize("check", [True, False])
+def told(err: str) -> set[str]:
+    return set(re.findall(r"in\.jsonl:61: (?:error|warning): ([a-z-]+)", err))
+
+
 @pytest.mark.parametrize(("kind", "text"), ROWS)
-def test_nothing_is_written_that_the_strict_judge_refuses(capsys, kind, text, check):
+def test_nothing_is_written_that_the_strict_judge_refuses(capsys, kind, text):
     jsonl("in.jsonl", [*map(chat_row, range(60)), text])
-    code, out, err = run(capsys, "in.jsonl", "--system", "", *["--check"] * check)
-    told = set(re.findall(r"in\.jsonl:61: (?:error|warning): ([a-z-]+)", err))
-    if not check and code == 0 and "Not looked into" not in out:
-        assert not strict(Path("training_data.jsonl").read_text("utf-8"))
+    code, _, err = run(capsys, "in.jsonl", "--system", "")
+    if "not-looked-into" in told(err) or code:
+        return
+    assert not strict(Path("training_data.jsonl").read_text("utf-8"))
     name = BROADER.get(kind, kind)
-    if (
-        check
-        and name in KINDS
-        and "one object a line" not in err
-        and "Not looked into" not in out
-        and kind != "invalid-json"
-    ):
-        assert name in told
+    if len(written()) == 60 and name in KINDS - {"invalid-json"}:  # not mended, as by leaving keys out
+        assert told(err) & {name, "unknown-shape"}
 
 
 @pytest.mark.parametrize("row", corpus.GOOD)
 def test_what_the_strict_judge_accepts_has_no_error(capsys, row):
     jsonl("in.jsonl", [*map(chat_row, range(60)), corpus.line(row)])
-    assert "error" not in run(capsys, "--check", "in.jsonl")[2]
-    assert run(capsys, "in.jsonl", "--system", "")[0] == 0 and len(written()) == 61
+    code, _, err = run(capsys, "in.jsonl", "--system", "")
+    assert code == 0 and "error" not in err and len(written()) == 61
     assert not strict(Path("training_data.jsonl").read_text("utf-8"))
 
 
