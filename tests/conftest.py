@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import re
 import signal
+import ssl
 import subprocess
 import sys
 from pathlib import Path
@@ -19,6 +21,8 @@ for name in list(os.environ):
     if name.startswith(("OPENAI_", "AZURE_OPENAI_", "FINE_TUNE", "LOCAL_API_", "TIKTOKEN_")) or "proxy" in name.lower():
         del os.environ[name]
 os.environ.update(HF_HUB_OFFLINE="1", PYTHON_DOTENV_DISABLED="1", TIKTOKEN_CACHE_DIR=str(CACHE / "tiktoken"))
+# Each client reads all the certificates that the machine trusts (0.05 s), and no test needs one: they are read once.
+ssl.create_default_context = functools.cache(ssl.create_default_context)
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -84,19 +88,25 @@ class LocalAPI:
         assert found, Path(self.log.name).read_text("utf-8")
         self.base_url = found[0]
 
+    def settings(self, model: str) -> dict[str, str]:
+        """Return the variables with which a script talks to this server."""
+        return {"OPENAI_API_KEY": "local", "OPENAI_BASE_URL": self.base_url, "FINE_TUNE_MODEL": model}
+
     def environment(self, model: str) -> dict[str, str]:
-        """Return the environment in which a script talks to this server."""
-        return {**os.environ, "OPENAI_API_KEY": "local", "OPENAI_BASE_URL": self.base_url, "FINE_TUNE_MODEL": model}
+        return {**os.environ, **self.settings(model)}
 
     def stop(self) -> None:
         self.process.terminate()
-        self.process.wait(20)
+        self.process.wait(60)
         self.log.close()
 
 
 @pytest.fixture(scope="session")
-def tiny_api(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory):
-    """A running local API whose base model is the tiny one."""
-    server = LocalAPI(tmp_path_factory.mktemp("tiny_api") / "data", str(tiny_model))
+def tiny_api(tmp_path_factory: pytest.TempPathFactory):
+    """A running local API whose base model is a tiny one that does not say much."""
+    from tiny_model import make_tiny_model
+
+    folder = tmp_path_factory.mktemp("tiny_api")
+    server = LocalAPI(folder / "data", str(make_tiny_model(folder / "tiny", is_brief=True)))
     yield server
     server.stop()

@@ -309,28 +309,3 @@ def test_for_other_code(api, fast, capsys):
     assert script.wait_for_training(job["id"]) == api.jobs[job["id"]]["fine_tuned_model"]
     assert script.check_status(job["id"]) == "succeeded"
     assert [row["id"] for row in script.list_jobs()] == [job["id"]]
-
-
-def test_with_the_real_server(tiny_api, tmp_path):
-    """Steps 2 and 3 on the local API, as a reader runs them; the second job says behind which one it waits."""
-    from tiny_model import write_training_file
-
-    write_training_file(tmp_path / "training_data.jsonl")
-    write_training_file(tmp_path / "more.jsonl", examples=11)
-
-    def run(name: str, *argv: str) -> str:
-        command = [sys.executable, str(SCRIPT.with_name(name)), *argv]
-        done = subprocess.run(
-            command, cwd=tmp_path, env=tiny_api.environment("tiny"), capture_output=True, text=True, encoding="utf-8"
-        )
-        assert done.returncode == 0, done.stderr
-        return done.stdout
-
-    first = re.search(r"ftjob-\w+", run("fine_tune.py", "--n-epochs", "1"))[0]
-    run("fine_tune.py", "more.jsonl", "--n-epochs", "1")
-    followed = run("check_fine_tune_status.py", "--wait")
-    assert f"moving job to queued state, behind {first}\n" in followed
-    assert "New fine-tuned model created: ft:tiny:local:" in followed
-    assert followed.endswith("Next: python use_fine_tuned_model.py\n")
-    assert len(re.findall(r"Step \d+/11:", followed)) <= 11
-    assert json.loads((tmp_path / "fine_tune_job.json").read_text("utf-8"))["fine_tuned_model"] in followed

@@ -262,17 +262,20 @@ def test_costs_are_computed_from_the_script_s_prices():
     assert shown == [(name, f"{price:.2f}", f"{billed * price / 1e6:.2f}") for name, price in prices.items()]
 
 
-def test_the_snippets_of_the_steps_run(tiny_api, tmp_path):
-    """README's plain SDK lines, one after the other, as one program."""
+def test_the_snippets_of_the_steps_run(tiny_api, tmp_path, monkeypatch, capsys):
+    """README's plain SDK lines, one after the other, as one program that does not wait as long between two looks."""
     lab = README[README.index("## The lab") : README.index("## Your own dataset")]
     code = "import json, time\nfrom openai import OpenAI\n\nclient = OpenAI()\n"
     code += "".join(re.findall(r"```python\n(.+?)```", lab, re.DOTALL)).replace("smollm2-135m-instruct", "tiny")
+    assert "time.sleep(5)" in code
     rows = (ROOT / "training_data.jsonl").read_bytes().splitlines(keepends=True)[:10]
     (tmp_path / "training_data.jsonl").write_bytes(b"".join(rows))
-    environment = {**tiny_api.environment("tiny"), "PYTHONUTF8": "1"}
-    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert "ft:tiny:" in done.stdout and "fails" in done.stdout
+    monkeypatch.chdir(tmp_path)
+    for name, value in tiny_api.settings("tiny").items():
+        monkeypatch.setenv(name, value)
+    exec(code.replace("time.sleep(5)", "time.sleep(0.1)"), {})
+    out = capsys.readouterr().out
+    assert "ft:tiny:" in out and "fails" in out
     assert json.loads((tmp_path / "rows.jsonl").read_text("utf-8"))["messages"]
 
 
@@ -307,17 +310,15 @@ def test_hyperparameters_page_states_the_trainer_s_numbers():
 # ---------------------------------------------------------------- code and data in the documents
 
 
-def test_the_example_of_an_application_runs(tiny_api, tmp_path):
+def test_the_example_of_an_application_runs(tiny_api, monkeypatch, capsys):
     page = TEXTS["docs/deployment.md"]
     code = re.search(r"<!-- run by the tests -->\n```python\n(.+?)```", page, re.DOTALL)[1]
     assert datasets.SYSTEM_PROMPT in code
-    environment = {**tiny_api.environment("tiny"), "FINE_TUNED_MODEL": "ft:tiny:local::gone", "PYTHONUTF8": "1"}
-    done = subprocess.run(
-        [sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True, encoding="utf-8"
-    )
-    assert done.returncode == 0, done.stderr
-    first, *answer = done.stdout.splitlines()
-    assert first.startswith("ft:tiny:local::gone: ") and "404" in first and answer, done.stdout
+    for name, value in {**tiny_api.settings("tiny"), "FINE_TUNED_MODEL": "ft:tiny:local::gone"}.items():
+        monkeypatch.setenv(name, value)
+    exec(code, {"__name__": "__main__"})
+    first, *answer = capsys.readouterr().out.splitlines()
+    assert first.startswith("ft:tiny:local::gone: ") and "404" in first and answer
 
 
 def load(name: str) -> list[dict]:

@@ -3,8 +3,6 @@
 import json
 import os
 import re
-import shutil
-import subprocess
 import sys
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
@@ -13,6 +11,7 @@ import pytest
 from chromium import CHROMIUM, Chromium, brightness
 from fake_api import FakeAPI
 
+import test_model
 from conftest import ROOT
 
 sys.path.insert(0, str(ROOT / "extras"))
@@ -46,14 +45,7 @@ def failure(script, *arguments) -> str:
     return end.value.code
 
 
-# --- what holds for all four ---
-
-
-@pytest.mark.parametrize("name", ["report_page", "judge_answers", "plot_loss", "clean_up", "find_leaks"])
-def test_a_copy_of_a_page_alone_in_a_folder_starts(name, tmp_path):
-    shutil.copy(ROOT / "extras" / f"{name}.py", tmp_path)
-    done = subprocess.run([sys.executable, f"{name}.py", "--help"], cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 0 and done.stdout.startswith("usage: "), done.stderr
+# --- what holds for all of them ---
 
 
 def test_where_nothing_is_there_yet_the_step_before_is_named(api):
@@ -388,13 +380,9 @@ def test_the_page_is_made_of_what_step_5_leaves_and_the_judge_adds(api, tmp_path
     case = {"id": "zh", "question": "茶要泡多久？", "answer": "Three minutes."}
     case["checks"] = {"contains": ["three minutes"]}
     Path("cases.json").write_text(json.dumps({"cases": [case]}), encoding="utf-8")
-    for command in (
-        ["test_model.py", TUNED, "--base-model", BASE, "--cases", "cases.json"],
-        ["extras/judge_answers.py", JUDGE],
-        ["extras/report_page.py"],
-    ):
-        done = subprocess.run([sys.executable, ROOT / command[0], *command[1:]], capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
+    test_model.main([TUNED, "--base-model", BASE, "--cases", "cases.json"])
+    judge_answers.main([JUDGE])
+    report_page.main([])
     page = Path("report.html").read_text("utf-8")
     assert "茶要泡多久？" in page and "1 of 1 (100%)" in page and page.count("(judge: tone 4,") == 2
 

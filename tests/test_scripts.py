@@ -6,11 +6,13 @@ import ast
 import json
 import os
 import re
+import runpy
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from fake_api import FakeAPI
 
 from conftest import ROOT
 
@@ -47,18 +49,23 @@ def depth(node: ast.AST, level: int = 0) -> int:
     return max([level, *(depth(child, level + isinstance(child, BLOCKS)) for child in ast.iter_child_nodes(node))])
 
 
-def alone(script: str, folder: Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    """Run a copy of the script that stands alone in a folder."""
-    (folder / f"{script}.py").write_text(source(script), encoding="utf-8")
-    return subprocess.run(
-        [sys.executable, f"{script}.py", *arguments],
-        cwd=folder,
-        env={**os.environ, "PYTHONUTF8": "1", **environment},
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-        encoding="utf-8",
-    )
+@pytest.fixture
+def alone(monkeypatch, tmp_path):
+    """Run a copy of a page that stands alone in a folder, in this process, which has imported its packages already."""
+
+    def run(script: str, *arguments: str, folder: Path = tmp_path) -> int | str:
+        """Return the exit code, or the sentence with which it ends."""
+        copy = folder / Path(f"{script}.py").name
+        copy.write_text(source(script), encoding="utf-8")
+        monkeypatch.chdir(folder)
+        monkeypatch.setattr(sys, "argv", [copy.name, *arguments])
+        try:
+            runpy.run_path(copy.name, run_name="__main__")
+        except SystemExit as end:
+            return end.code or 0
+        return 0
+
+    return run
 
 
 # A page can be read
@@ -110,9 +117,8 @@ def test_the_local_api_imports_no_script():
         assert not re.search(imports, path.read_text("utf-8"), re.MULTILINE), path
 
 
-def test_each_script_alone_in_a_folder_does_its_step(tiny_api, tmp_path):
+def test_each_script_alone_in_a_folder_does_its_step(alone, monkeypatch, capsys, tmp_path):
     """Each in a folder of its own, with the state files of the step before and nothing else."""
-    environment = tiny_api.environment("tiny")
     folders = {script: tmp_path / script for script in SCRIPTS}
     for folder in folders.values():
         folder.mkdir()
@@ -120,53 +126,58 @@ def test_each_script_alone_in_a_folder_does_its_step(tiny_api, tmp_path):
     def step(script: str, *arguments: str, files: tuple[Path, ...] = ()) -> str:
         for file in files:
             (folders[script] / file.name).write_bytes(file.read_bytes())
-        done = alone(script, folders[script], *arguments, **environment)
-        assert done.returncode == 0, done.stdout + done.stderr
-        return done.stdout + done.stderr
+        assert alone(script, *arguments, folder=folders[script]) == 0
+        return "".join(capsys.readouterr())
 
     prepared, ordered = folders["prepare_training_data"], folders["fine_tune"]
     rows = [f"What is {n} and {n}?,It is {2 * n} if you add them both up.\n" for n in range(12)]
     (prepared / "faq.csv").write_text("question,answer\n" + "".join(rows))
     step("prepare_training_data", "faq.csv", "--system", "You add.")
     files = (prepared / "training_data.jsonl", prepared / "training_data.report.json")
-    step("fine_tune", "--n-epochs", "1", files=files)
-    record = ordered / "fine_tune_job.json"
-    assert json.loads(record.read_text("utf-8"))["system_prompt"] == "You add."
-    assert "succeeded" in step("check_fine_tune_status", "--wait", files=(record,))
-    record = folders["check_fine_tune_status"] / record.name
-    step("use_fine_tuned_model", "What is 3 and 3?", files=(record,))
-    cases = folders["test_model"] / "cases.json"
-    cases.write_text('{"cases": [{"id": "a", "question": "What is 2 and 2?", "checks": {"contains": ["4"]}}]}')
-    step("test_model", "--cases", "cases.json", files=(record,))
-    assert json.loads((folders["test_model"] / "test_results.json").read_text("utf-8"))["results"]
+    with FakeAPI() as api:
+        for name, value in api.env().items():
+            monkeypatch.setenv(name, value)
+        step("fine_tune", "--n-epochs", "1", files=files)
+        record = ordered / "fine_tune_job.json"
+        assert json.loads(record.read_text("utf-8"))["system_prompt"] == "You add."
+        model = api.finish(next(iter(api.jobs)))["fine_tuned_model"]
+        assert "succeeded" in step("check_fine_tune_status", "--wait", files=(record,))
+        record = folders["check_fine_tune_status"] / record.name
+        assert model in step("use_fine_tuned_model", "What is 3 and 3?", files=(record,))
+        cases = folders["test_model"] / "cases.json"
+        cases.write_text('{"cases": [{"id": "a", "question": "What is 2 and 2?", "checks": {"contains": ["4"]}}]}')
+        step("test_model", "--cases", "cases.json", files=(record,))
+        assert json.loads((folders["test_model"] / "test_results.json").read_text("utf-8"))["summary"]["model"] == model
+        assert {request.body["messages"][0]["content"] for request in api.requests if "chat" in request.path} == {
+            "You add."
+        }
 
 
 # The command line
 
 
 @pytest.mark.parametrize("script", BUDGETS)
-def test_help_and_unknown_flags(script):
-    command = [sys.executable, f"{script}.py"]
-    done = subprocess.run([*command, "--help"], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0 and done.stdout.startswith("usage: "), done.stderr
-    done = subprocess.run([*command, "--no-such"], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 2 and "Traceback" not in done.stderr
+def test_help_and_unknown_flags(script, alone, capsys):
+    assert alone(script, "--help") == 0
+    assert capsys.readouterr().out.startswith(f"usage: {script.split('/')[-1]}.py ")
+    assert alone(script, "--no-such") == 2
 
 
 @pytest.mark.parametrize("script", CLIENTS)
-def test_without_key_and_server_both_ways_out_are_named(script, tmp_path):
+def test_without_key_and_server_both_ways_out_are_named(script, alone, tmp_path):
     (tmp_path / "training_data.jsonl").write_bytes((ROOT / "training_data.jsonl").read_bytes())
     arguments = {"fine_tune": [], "check_fine_tune_status": ["ftjob-1"], "use_fine_tuned_model": ["ft:a", "Hello?"]}
-    done = alone(script, tmp_path, *arguments.get(script, ["ft:a", "--base-model", "a"]))
-    assert done.returncode == 1, done.stderr
-    assert ".env.example" in done.stderr and "OPENAI_API_KEY" in done.stderr and "Traceback" not in done.stderr
+    sentence = alone(script, *arguments.get(script, ["ft:a", "--base-model", "a"]))
+    assert isinstance(sentence, str) and ".env.example" in sentence and "OPENAI_API_KEY" in sentence
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_a_missing_package_is_named_with_its_cure(script, tmp_path):
+    (tmp_path / f"{script}.py").write_text(source(script), encoding="utf-8")
     for package in PACKAGES:
         (tmp_path / f"{package}.py").write_text(f"raise ModuleNotFoundError(name={package!r})")
-    done = alone(script, tmp_path)
+    command, environment = [sys.executable, f"{script}.py"], {**os.environ, "PYTHONUTF8": "1"}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, encoding="utf-8")
     assert done.returncode == 1 and "pip install -r requirements.txt" in done.stderr and "Traceback" not in done.stderr
 
 

@@ -16,8 +16,13 @@ CHAT_TEMPLATE = (
 )
 
 
-def make_tiny_model(folder: Path, context: int = 1024, hidden: int = 64, layers: int = 2) -> Path:
-    """Write config, weights and tokenizer of a tiny Llama into `folder` and return it."""
+def make_tiny_model(
+    folder: Path, context: int = 1024, hidden: int = 64, layers: int = 2, is_brief: bool = False
+) -> Path:
+    """Write config, weights and tokenizer of a tiny Llama into `folder` and return it.
+
+    It says what comes, mostly until it is stopped; one that is brief ends most answers within 40 tokens.
+    """
     import torch
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -52,7 +57,10 @@ def make_tiny_model(folder: Path, context: int = 1024, hidden: int = 64, layers:
         initializer_range=INIT,
     )
     folder.mkdir(parents=True, exist_ok=True)
-    LlamaForCausalLM(config).save_pretrained(folder)
+    model = LlamaForCausalLM(config)
+    if is_brief:
+        model.model.embed_tokens.weight.data[fast.eos_token_id] *= 2  # the head's row, too: its logit is doubled
+    model.save_pretrained(folder)
     fast.save_pretrained(folder)
     return folder
 
