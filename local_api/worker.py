@@ -45,6 +45,7 @@ from local_api.store import JOB, Document, Store, event_id, now
 from local_api.validation import JobFailed, validate
 
 POLL_SECONDS = 0.2
+IDLE_SECONDS = 1.0  # after which a thread without work looks again, for what waited may be due
 MAX_KILLS = 3  # a trainer that dies again and again, with no progress between, is not started for ever
 SMALL_BYTES = 16 * 1024 * 1024  # of files that are validated beside larger ones
 MAX_WAIT_SECONDS = 30.0  # how long a job that something hinders waits at most before it is tried again
@@ -124,7 +125,7 @@ class Worker:
             with self._news:
                 ready = next((job for job in jobs if self._is_ready(job["id"], only_small)), None)
                 if ready is None:
-                    self._news.wait(1)
+                    self._news.wait(IDLE_SECONDS)
                     continue
                 self._taken.add(ready["id"])
             try:

@@ -21,6 +21,7 @@ for name in list(os.environ):
     if name.startswith(("OPENAI_", "AZURE_OPENAI_", "FINE_TUNE", "LOCAL_API_", "TIKTOKEN_")) or "proxy" in name.lower():
         del os.environ[name]
 os.environ.update(HF_HUB_OFFLINE="1", PYTHON_DOTENV_DISABLED="1", TIKTOKEN_CACHE_DIR=str(CACHE / "tiktoken"))
+os.environ["no_proxy"] = "*"  # else macOS is asked for its proxies, which a process that was forked must not do
 # Each client reads all the certificates that the machine trusts (0.05 s), and no test needs one: they are read once.
 ssl.create_default_context = functools.cache(ssl.create_default_context)
 

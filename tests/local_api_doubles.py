@@ -176,6 +176,13 @@ def training_file(first="hello", rows=12):
     return "\n".join(lines).encode()
 
 
+def hurry():
+    """Let the worker look more often: what it waits for in these tests takes no time."""
+    from local_api import worker
+
+    worker.POLL_SECONDS, worker.IDLE_SECONDS, worker.MAX_WAIT_SECONDS = 0.02, 0.1, 0.1
+
+
 @contextmanager
 def running(data_dir, engine=None, base_models=None, **settings):
     """Run the application with the doubles behind a real socket, in this process; yields (base URL, app)."""
@@ -183,6 +190,7 @@ def running(data_dir, engine=None, base_models=None, **settings):
 
     from local_api.app import Connection, Settings, create_app
 
+    hurry()
     base_model, trainer = data_dir.parent / "tiny-base", data_dir.parent / "fake_trainer.py"
     base_model.mkdir(exist_ok=True)  # the doubles never look inside
     trainer.write_text(TRAINER)
@@ -217,6 +225,7 @@ def main():
 
     import local_api.__main__ as server
 
+    hurry()
     server.TRAINER_COMMAND = [sys.executable, sys.argv.pop(1)]
     server.create_app = partial(server.create_app, engine=FakeEngine())
     if "FAULT_PLAN" in os.environ:

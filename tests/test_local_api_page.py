@@ -46,7 +46,7 @@ class Browser:
         deadline = time.monotonic() + seconds
         while not (value := self(f"(() => {{ try {{ {value_of} }} catch {{ return null }} }})()")):
             assert time.monotonic() < deadline, f"{expression}\n{self('document.body.innerText')}"
-            time.sleep(0.1)
+            time.sleep(0.03)
         return value
 
     def text(self, selector):

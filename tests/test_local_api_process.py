@@ -3,6 +3,8 @@
 The engine and the trainer are the doubles of local_api_doubles.py; processes, signals, files and the database are real.
 """
 
+import logging
+import multiprocessing
 import os
 import random
 import signal
@@ -16,15 +18,50 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import httpx2
+import local_api_doubles
 import openai
 import psutil
 import pytest
 from local_api_doubles import TRAINER, training_file, wait_for
 
-from local_api.__main__ import build_parser
+from conftest import CACHE
+from local_api import __main__ as program
 
 ROOT = Path(__file__).resolve().parent.parent
-pytestmark = pytest.mark.skipif(os.name == "nt", reason="POSIX signals; the server's Windows side has no test double")
+if os.name == "nt":
+    pytest.skip("POSIX signals; the server's Windows side has no test double", allow_module_level=True)
+
+
+class Fork(multiprocessing.get_context("fork").Process):
+    """A process that has imported what this one has, which otherwise takes most of its time; as subprocess.Popen."""
+
+    def __init__(self, folder, main, argv, **environment):
+        self.out, self.folder, self.main, self.argv, self.environment = os.pipe(), folder, main, argv, environment
+        super().__init__()
+        self.start()
+        os.close(self.out[1])
+        self.stdout = open(self.out[0], encoding="utf-8")  # noqa: SIM115 - closed with the process
+
+    def run(self):
+        os.dup2(self.out[1], 1)
+        os.dup2(os.open("server.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND, dir_fd=os.open(self.folder, 0)), 2)
+        sys.stdout, sys.stderr = open(1, "w"), open(2, "w", buffering=1)  # noqa: SIM115
+        logging.getLogger().handlers.clear()  # pytest's
+        os.environ.update(self.environment, PYTHONPATH=str(ROOT))
+        os.chdir(self.folder)
+        sys.argv = ["local_api", *map(str, self.argv)]
+        sys.exit(self.main())
+
+    def wait(self, seconds):
+        self.join(seconds)
+        assert self.exitcode is not None, "it has not ended in time"
+        return self.exitcode
+
+    def send_signal(self, how):
+        os.kill(self.pid, how)
+
+    poll = multiprocessing.Process.exitcode.fget
+    returncode = multiprocessing.Process.exitcode
 
 
 class Process:
@@ -34,12 +71,10 @@ class Process:
         (folder / "base").mkdir(exist_ok=True)
         trainer = trainer or folder / "trainer.py"
         (folder / "trainer.py").write_text(TRAINER)
-        self.folder, self.errors = folder, open(folder / "server.log", "ab")  # noqa: SIM115 - closed with the process
-        self.process = subprocess.Popen(
-            [sys.executable, Path(__file__).with_name("local_api_doubles.py"), trainer, "--port", "0",
-             "--data-dir", folder / "data", "--base-model", folder / "base", *arguments],
-            cwd=folder, stdout=subprocess.PIPE, stderr=self.errors, text=True,
-            env={**os.environ, "PYTHONPATH": str(ROOT), **environment})  # fmt: skip
+        self.folder = folder
+        argv = [trainer, "--port", "0", "--data-dir", folder / "data", "--cache-dir", CACHE,
+                "--base-model", folder / "base", *arguments]  # fmt: skip
+        self.process = Fork(folder, local_api_doubles.main, argv, **environment)
         line = self.process.stdout.readline()
         assert line.startswith("Local API ready: http://127.0.0.1:"), (folder / "server.log").read_text()
         self.url = line.split()[-1]
@@ -83,7 +118,6 @@ class Process:
         finally:
             self.process.kill()
             self.process.stdout.close()
-            self.errors.close()
 
 
 @contextmanager
@@ -100,16 +134,18 @@ def server(folder, *arguments, **environment):
 
 def refused(folder, *arguments, **environment):
     """Start a server that must refuse to start; return its sentence."""
-    result = subprocess.run(
-        [sys.executable, "-m", "local_api", "--data-dir", folder / "data", "--base-model", folder, *arguments],
-        cwd=ROOT, capture_output=True, text=True, timeout=30, env={**os.environ, **environment})  # fmt: skip
-    assert result.returncode == 2 and result.stdout == "" and "Traceback" not in result.stderr
-    assert len(result.stderr.splitlines()) == 1
-    return result.stderr
+    (folder / "server.log").unlink(missing_ok=True)
+    argv = ["--port", "0", "--data-dir", folder / "data", "--cache-dir", CACHE, "--base-model", folder, *arguments]
+    process = Fork(folder, program.main, argv, **environment)
+    assert process.stdout.read() == "" and process.wait(30) == 2
+    process.stdout.close()
+    said = (folder / "server.log").read_text()
+    assert "Traceback" not in said and len(said.splitlines()) == 1
+    return said
 
 
 def test_it_says_when_it_is_ready_and_keeps_its_state(tmp_path):
-    with server(tmp_path) as first:
+    with server(tmp_path, "--cache-dir", tmp_path / "data" / "cache") as first:
         file = first.client.files.create(file=("data.jsonl", training_file()), purpose="fine-tune")
         job = wait_for(first.create_job("hello").id, first.client)
         assert httpx2.get(first.url.replace("/v1", "/healthz")).json() == {"status": "ok"}
@@ -129,11 +165,17 @@ def test_a_second_server_on_the_same_data_refuses(tmp_path):
 
 
 def test_what_cannot_be_served_is_refused_at_once(tmp_path):
-    assert "a --port is a number from 0 to 65535" in refused(tmp_path, "--port", "99999")
     assert "there is no such directory" in refused(tmp_path, "--base-model", "/no/such/model")
     assert "there is no such directory" in refused(tmp_path, "--base-model", "alias=/no/such/model")
     assert "Two base models have the name a" in refused(tmp_path, "--base-model", f"a={tmp_path}", "--base-model", "a")
     assert "--launcher nothing: there is no such command" in refused(tmp_path, "--launcher", "nothing launch")
+
+
+def test_a_refusal_is_one_sentence_and_exit_code_2_of_the_program(tmp_path):
+    command = [sys.executable, "-m", "local_api", "--data-dir", tmp_path / "data", "--port", "99999"]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert (result.returncode, result.stdout) == (2, "")
+    assert result.stderr == "Cannot start: a --port is a number from 0 to 65535.\n"
 
 
 def test_a_damaged_database_is_a_sentence_and_exit_code_2(tmp_path):
@@ -146,7 +188,7 @@ def test_a_damaged_database_is_a_sentence_and_exit_code_2(tmp_path):
 
 def test_a_launcher_whose_quotes_do_not_end_is_a_usage_error(capsys):
     with pytest.raises(SystemExit, match="2"):
-        build_parser().parse_args(["--launcher", "'x"])
+        program.build_parser().parse_args(["--launcher", "'x"])
     assert "argument --launcher: 'x is no command (no closing quotation)" in capsys.readouterr().err
 
 

@@ -49,6 +49,13 @@ def depth(node: ast.AST, level: int = 0) -> int:
     return max([level, *(depth(child, level + isinstance(child, BLOCKS)) for child in ast.iter_child_nodes(node))])
 
 
+def in_a_process(script: str, folder: Path) -> subprocess.CompletedProcess[str]:
+    """Run a copy of the script in a folder, whose modules come before all others."""
+    (folder / f"{script}.py").write_text(source(script), encoding="utf-8")
+    command, environment = [sys.executable, f"{script}.py"], {**os.environ, "PYTHONUTF8": "1"}
+    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, encoding="utf-8")
+
+
 @pytest.fixture
 def alone(monkeypatch, tmp_path):
     """Run a copy of a page that stands alone in a folder, in this process, which has imported its packages already."""
@@ -173,11 +180,9 @@ def test_without_key_and_server_both_ways_out_are_named(script, alone, tmp_path)
 
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_a_missing_package_is_named_with_its_cure(script, tmp_path):
-    (tmp_path / f"{script}.py").write_text(source(script), encoding="utf-8")
     for package in PACKAGES:
         (tmp_path / f"{package}.py").write_text(f"raise ModuleNotFoundError(name={package!r})")
-    command, environment = [sys.executable, f"{script}.py"], {**os.environ, "PYTHONUTF8": "1"}
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, encoding="utf-8")
+    done = in_a_process(script, tmp_path)
     assert done.returncode == 1 and "pip install -r requirements.txt" in done.stderr and "Traceback" not in done.stderr
 
 
@@ -185,7 +190,7 @@ def test_a_missing_package_is_named_with_its_cure(script, tmp_path):
 @pytest.mark.parametrize("module", ["argparse", "openai"])  # the first import, and the longest
 def test_ctrl_c_during_the_imports_is_no_traceback(script, module, tmp_path):
     (tmp_path / f"{module}.py").write_text("raise KeyboardInterrupt")
-    done = alone(script, tmp_path)
+    done = in_a_process(script, tmp_path)
     assert done.returncode == 130 and done.stderr == ""
 
 

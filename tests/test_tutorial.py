@@ -126,10 +126,19 @@ def processes_of(folder: Path) -> list[list[str]]:
     return [command for command in commands if "-m" in command and any(str(folder) in part for part in command[3:])]
 
 
+# Each moment and each signal once, by the way of the next test; each with each in make test-all.
+INTERRUPTIONS = [("no output yet", "SIGHUP"), ("Local API started", "SIGTERM")]
+INTERRUPTIONS += [
+    pytest.param(moment, fault, marks=[pytest.mark.slow, pytest.mark.exhaustive])
+    for moment in ("no output yet", "Local API started", "Status: ")
+    for fault in ("SIGINT", "SIGTERM", "SIGHUP")
+    if (moment, fault) not in (*INTERRUPTIONS, ("Status: ", "SIGINT"))
+]
+
+
 @pytest.mark.skipif(os.name != "posix", reason="sends POSIX signals")
-@pytest.mark.parametrize("fault", ["SIGINT", "SIGTERM", "SIGHUP"])
-@pytest.mark.parametrize("moment", ["Local API started", "Status: ", "no output yet"])
-def test_interrupted_the_tutorial_leaves_no_process_behind(fault, moment, base_model, tmp_path):
+@pytest.mark.parametrize(("moment", "fault"), INTERRUPTIONS)
+def test_interrupted_the_tutorial_leaves_no_process_behind(moment, fault, base_model, tmp_path):
     process = start_tutorial(tmp_path)
     assert process.stdout is not None
     if moment == "no output yet":
@@ -151,7 +160,9 @@ def test_the_next_run_does_not_train_what_an_interrupted_one_left(base_model, tm
         assert process.stdout is not None
         assert any(line.startswith(seen) for line in process.stdout)
         process.send_signal(signal.SIGINT)
-        process.communicate(timeout=40)
+        _, stderr = process.communicate(timeout=40)
+        assert process.returncode == 130 and "Traceback" not in stderr, stderr
+        assert processes_of(tmp_path) == []
 
 
 def test_the_real_base_model_answers_and_is_fine_tuned(base_model, tmp_path):
