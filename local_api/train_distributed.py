@@ -34,7 +34,7 @@ from torch.distributed.elastic.multiprocessing.errors import record  # noqa: E40
 
 from . import train  # noqa: E402
 from .encoding import Encoded  # noqa: E402
-from .job_files import Journal, write_adapter, write_results  # noqa: E402
+from .job_files import Journal, write_adapter, write_file, write_results  # noqa: E402
 from .sharing import Part, cut, share, tensors  # noqa: E402
 from .step import MAX_GRADIENT_NORM, TOKENS_AT_ONCE, add_lora, epoch_batches, learning_rates  # noqa: E402
 from .validation import JobFailed  # noqa: E402
@@ -141,6 +141,8 @@ class Reporter(transformers.TrainerCallback):
         self.say(f"Processes that share each batch: {args.world_size} ({kind}, mixed precision {precision}).")
         if state.global_step:
             self.say(f"Training goes on from step {state.global_step}.")
+        for row in rows_of(state):  # those of which a power cut has taken the report
+            self.journal.metrics(row, self.plan.total_steps)
 
     def say(self, message: str) -> None:
         self.journal.write(level="info", type="message", message=message, data=None)
@@ -160,6 +162,7 @@ class Reporter(transformers.TrainerCallback):
         row |= train.validation_figures(trainer.mean_losses, plan, step)
         row = {"step": step, **{name: round(figure, 5) for name, figure in row.items()}}
         self.journal.metrics(row, plan.total_steps)
+        state.log_history.append(row)  # is saved with the state
         epoch_ends, stops, late = step % plan.steps_per_epoch == 0, figures[2] > 0, figures[3] > 0
         if epoch_ends:
             adapter = trainer.whole_adapter()
@@ -172,6 +175,11 @@ class Reporter(transformers.TrainerCallback):
             self.reported_at = time.monotonic()
             remaining = (self.reported_at - self.started) / (step - self.first_step) * (plan.total_steps - step)
             self.journal.write(type="update", estimated_finish=int(time.time() + remaining))
+
+
+def rows_of(state: Any) -> list[dict]:
+    """Return the figures of the steps done; Trainer itself logs some of its own."""
+    return [row for row in state.log_history if "train_mean_token_accuracy" in row]
 
 
 def training_arguments(job_dir: Path, seed: int, in_4bit: bool) -> transformers.TrainingArguments:
@@ -227,8 +235,8 @@ def run(job_dir: Path, in_4bit: bool, stop: dict) -> dict | None:
     if trainer.state.global_step < plan.total_steps or args.process_index:
         return None
     write_adapter(job_dir / "adapter", adapter)
-    reports = [json.loads(line) for line in (job_dir / "events.jsonl").read_text("utf-8").splitlines()]
-    write_results(job_dir / "result.csv", [report["data"] for report in reports if report["type"] == "metrics"])
+    rows = rows_of(trainer.state)
+    write_file(job_dir / "result.csv", lambda scratch: write_results(scratch, rows))
     os.fsync(journal.file.fileno())  # after the last word nobody reports a step again
     return {"status": "succeeded", "trained_tokens": plan.trained_tokens}
 

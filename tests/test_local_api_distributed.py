@@ -176,6 +176,16 @@ def test_two_processes_stop_together_and_one_goes_on(tiny_model, files, alone, t
     assert_the_same(job_dir, alone)
 
 
+def test_steps_whose_reports_a_cut_of_power_took_are_reported_again(tiny_model, files, tmp_path):
+    job_dir = make_job(tmp_path / "job", tiny_model, **{**files, "hyperparameters": {"n_epochs": 1, "batch_size": 5}})
+    assert train_distributed.run(job_dir, False, {"asked": True}) is None, "it was stopped after its first step"
+    reported = (job_dir / "events.jsonl").read_bytes()
+    (job_dir / "events.jsonl").write_bytes(reported[: len(reported) // 3])
+    assert train_distributed.run(job_dir, False, {"asked": False})["status"] == "succeeded"
+    assert [event["data"]["step"] for event in events(job_dir) if event["type"] == "metrics"] == [1, 2, 3]
+    assert (job_dir / "result.csv").read_text().count("\n") == 4
+
+
 @pytest.mark.slow
 def test_a_killed_process_ends_the_others_and_is_named(tiny_model, files, tmp_path):
     job_dir = make_job(tmp_path / "job", tiny_model, **{**files, "hyperparameters": {"n_epochs": 200}})
