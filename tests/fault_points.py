@@ -11,6 +11,8 @@ import signal
 import sys
 from pathlib import Path
 
+import psutil
+
 
 def fill(path):
     """Take all that is left of a (small) disk."""
@@ -21,8 +23,8 @@ def fill(path):
                     pass
 
 
-def strike(point, trainer=None):
-    """Let the planned fault happen if its point is reached for the first time. trainer: its pid, if there is one."""
+def strike(point):
+    """Let the planned fault happen if its point is reached for the first time."""
     path = Path(os.environ["FAULT_PLAN"])
     plan, struck = json.loads(path.read_text()), path.with_name("struck")
     if plan["point"] != point or struck.exists():
@@ -31,21 +33,20 @@ def strike(point, trainer=None):
     if plan["fault"] == "full disk":
         fill(plan["filler"])
         return
-    victims = {"kill the server": [plan["server"]], "kill the trainer": [trainer]}
-    for victim in victims.get(plan["fault"], [trainer, plan["server"]]):
-        if victim and victim != os.getpid():
-            os.kill(victim, signal.SIGKILL)
-    if plan["fault"] != ("kill the server" if trainer else "kill the trainer"):
-        os.kill(os.getpid(), signal.SIGKILL)
+    server = [plan["server"]]
+    trainers = [child.pid for child in psutil.Process(plan["server"]).children()]
+    victims = {"kill the server": server, "kill the trainer": trainers}.get(plan["fault"], server + trainers)
+    for victim in sorted(victims, key=lambda pid: pid == os.getpid()):  # itself last
+        os.kill(victim, signal.SIGKILL)
 
 
-def before(owner, name, point, condition=lambda *_: True, trainer=None):
+def before(owner, name, point, condition=lambda *_: True):
     """Let the fault strike when owner.name is called with arguments for which `condition` holds."""
     function = getattr(owner, name)
 
     def wrapped(*arguments, **more):
         if condition(*arguments):
-            strike(point, trainer)
+            strike(point)
         return function(*arguments, **more)
 
     setattr(owner, name, wrapped)
@@ -64,9 +65,9 @@ def install_in_server():
 def main():
     from local_api import train
 
-    before(train.Journal, "metrics", "step", lambda _, row, __: row["step"] == 4, os.getpid())
-    before(train, "write_file", "checkpoint", lambda target, _: target.name == "resume.pt", os.getpid())
-    before(train, "write_file", "adapter", lambda target, _: target.name == "result.csv", os.getpid())
+    before(train.Journal, "metrics", "step", lambda _, row, __: row["step"] == 4)
+    before(train, "write_file", "checkpoint", lambda target, _: target.name == "resume.pt")
+    before(train, "write_file", "adapter", lambda target, _: target.name == "result.csv")
     return train.main()
 
 
