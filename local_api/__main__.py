@@ -177,7 +177,13 @@ def serve(args: argparse.Namespace, listener: socket.socket) -> None:
         signal.signal(signal.SIGHUP, server.handle_exit)
     server.run([listener])
     stop_processes(psutil.Process().children())  # a download that was under way
-    print("Stopped.", file=sys.stderr)
+    end()
+
+
+def end() -> None:
+    """End the process at once: PyTorch aborts one that takes leave in order while a step is under way."""
+    print("Stopped.", file=sys.stderr, flush=True)
+    os._exit(0)
 
 
 def end_in_time(worker: Worker) -> None:
@@ -187,8 +193,7 @@ def end_in_time(worker: Worker) -> None:
     for child in psutil.Process().children(recursive=True):
         with contextlib.suppress(psutil.NoSuchProcess):
             child.kill()
-    print("Stopped.", file=sys.stderr, flush=True)
-    os._exit(0)
+    end()
 
 
 class Server(uvicorn.Server):

@@ -266,6 +266,50 @@ def test_asked_to_stop_it_ends_a_long_stream_with_an_error(tmp_path):
     assert "Traceback" not in (tmp_path / "server.log").read_text()
 
 
+ENDLESS_STEP = """
+import sys, torch
+from local_api import __main__, batch
+
+def forward(*_):
+    open("begun", "w").close()
+    while True:
+        torch.ones(2000, 2000).mm(torch.ones(2000, 2000))
+
+batch.Batch.forward = forward
+sys.exit(__main__.main())
+"""
+
+
+@pytest.mark.slow
+def test_asked_to_stop_in_a_step_that_does_not_end_it_ends_in_order(tmp_path, tiny_model):
+    program = tmp_path / "program.py"
+    program.write_text(ENDLESS_STEP)
+    process = subprocess.Popen(
+        [sys.executable, program, "--port", "0", "--data-dir", tmp_path / "data", "--base-model", tiny_model],
+        cwd=tmp_path, stdout=subprocess.PIPE, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)})  # fmt: skip
+    try:
+        url, errors = process.stdout.readline().split()[-1], []
+        client = openai.OpenAI(base_url=url, api_key="any", max_retries=0)
+
+        def ask():
+            try:
+                client.chat.completions.create(model="tiny", messages=[{"role": "user", "content": "Hello"}])
+            except openai.APIError as error:
+                errors.append(error)
+
+        asking = threading.Thread(target=ask)
+        asking.start()
+        while not (tmp_path / "begun").exists():
+            time.sleep(0.1)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(30) == 0
+        asking.join()
+        assert errors[0].code == "server_shutting_down"
+    finally:
+        process.kill()
+        process.stdout.close()
+
+
 @pytest.mark.slow
 def test_a_trainer_that_does_not_stop_is_killed_in_time(tmp_path):
     with server(tmp_path) as process:
