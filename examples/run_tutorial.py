@@ -58,7 +58,7 @@ def prepare_base_model() -> None:
     from local_api import base_models
 
     name = base_models.DEFAULT_BASE_MODEL
-    if base_models.is_ready(name, CACHE):
+    if base_models.converted_dir(CACHE).is_dir():
         print(f"Reusing the installed packages (.venv) and the converted base model {name}.")
         return
     try:

@@ -58,11 +58,6 @@ def named(base_model: str) -> tuple[str, str]:
     return alias, source
 
 
-def is_ready(name_or_path: str, cache_dir: Path) -> bool:
-    """Tell whether `prepare` would return at once, without a download or a conversion."""
-    return Path(name_or_path).is_dir() or (name_or_path == DEFAULT_BASE_MODEL and converted_dir(cache_dir).is_dir())
-
-
 def converted_dir(cache_dir: Path) -> Path:
     return Path(cache_dir) / "base_models" / DEFAULT_BASE_MODEL
 
