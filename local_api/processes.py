@@ -17,6 +17,7 @@ import psutil
 
 STOP_SECONDS = 8.0  # what a trainer gets to save its state; the whole server is to end within 10
 TRY_LATER = 75  # a trainer's exit code for a fault that may pass (EX_TEMPFAIL of BSD's sysexits.h)
+LATER = "The trainer could not use its files: "  # what it says then: a launcher has an exit code of its own
 
 
 def lock_directory(directory: Path) -> Any:

@@ -32,7 +32,7 @@ from typing import Any, NamedTuple
 from . import base_models
 from .encoding import Encoded, read_examples
 from .job_files import Journal, flush_directory, write_adapter, write_file, write_results
-from .processes import TRY_LATER, lock_job
+from .processes import LATER, TRY_LATER, lock_job
 from .step import (
     BASE_LEARNING_RATE,
     Optimizer,
@@ -261,7 +261,7 @@ def run_job(job_dir: Path, train: Callable[[dict], dict | None]) -> int:
             write_file(job_dir / "outcome.json", lambda scratch: scratch.write_text(text, encoding="utf-8"))
     except (OSError, base_models.ModelOutOfReach) as error:  # a full disk, a folder taken away: it goes on later
         reason = getattr(error, "strerror", None) or str(error).rstrip(".")
-        print(f"The trainer could not use its files: {reason}.", file=sys.stderr)
+        print(f"{LATER}{reason}.", file=sys.stderr)
         return TRY_LATER
     finally:
         if lock:

@@ -39,7 +39,7 @@ from local_api.base_models import ModelOutOfReach, ModelUnavailable
 from local_api.errors import explain
 from local_api.jobs import add_event
 from local_api.models import Models
-from local_api.processes import STOP_SECONDS, TRY_LATER, stop_processes, trainer_of
+from local_api.processes import LATER, STOP_SECONDS, stop_processes, trainer_of
 from local_api.reports import Reports
 from local_api.store import JOB, Document, Store, event_id, now
 from local_api.validation import JobFailed, validate
@@ -212,6 +212,7 @@ class Worker:
             job = self.store.update(JOB, job["id"], status="running")
         self._write_job(job, directory, weights)
         with open(directory / "trainer.log", "ab") as trainer_log:
+            begun = trainer_log.tell()
             trainer = self._start_trainer(directory, trainer_log)
         self.training = True
         try:
@@ -220,7 +221,7 @@ class Worker:
             self.training = False
         self._read(reports)
         if not self._take_outcome(reports) and not stopped:
-            self._record_death(trainer.returncode, job["id"], directory)
+            self._record_death(trainer.returncode, job["id"], directory, said_since(directory / "trainer.log", begun))
 
     def _write_job(self, job: Document, directory: Path, weights: Path) -> None:
         validation, parent = directory / "validation.jsonl", directory / "parent"
@@ -299,10 +300,10 @@ class Worker:
                 end = {"status": "failed", "finished_at": now(), "estimated_finish": None, "error": failure.error}
                 self.store.update(JOB, job_id, **end)
 
-    def _record_death(self, returncode: int, job_id: str, directory: Path) -> None:
+    def _record_death(self, returncode: int, job_id: str, directory: Path, said: list[str]) -> None:
         """The trainer ended without a last word: say what there is to wait for; too many such ends fail the job."""
-        if returncode == TRY_LATER:
-            raise JobWaits(last_line(directory / "trainer.log"))
+        if hindered := [line for line in said if line.startswith(LATER)]:
+            raise JobWaits(hindered[-1])
         # 0 without a last word: it was asked to stop, and has left behind where it was.
         if returncode in (0, -signal.SIGTERM):
             raise JobWaits("The trainer was stopped.")
@@ -311,7 +312,7 @@ class Worker:
         job = self.store.get(JOB, job_id) or {}
         times = job["_times_killed"] + 1 if job.get("_progress") == progress else 1
         self.store.update(JOB, job_id, _times_killed=times, _progress=progress)
-        reason = f"The trainer stopped with exit code {returncode}: {last_line(directory / 'trainer.log')}"
+        reason = f"The trainer stopped with exit code {returncode}: {last_line(said)}"
         if returncode < 0:
             reason = f"The trainer was killed (signal {-returncode})."
         if times < MAX_KILLS:
@@ -324,11 +325,14 @@ class Worker:
         raise JobFailed("server_error", reason)
 
 
-def last_line(path: Path) -> str:
-    """Return the last line of a log that says something: where a Python program has said what ended it."""
-    try:
-        lines = [line.strip() for line in path.read_text("utf-8", "replace").splitlines()]
-    except OSError:
-        lines = []
+def said_since(path: Path, begun: int) -> list[str]:
+    """Return the lines of a log from this byte on."""
+    with open(path, "rb") as file:
+        file.seek(begun)
+        return [line.strip() for line in file.read().decode("utf-8", "replace").splitlines()]
+
+
+def last_line(lines: list[str]) -> str:
+    """Return the last line that says something: where a Python program has said what ended it."""
     said = [line for line in lines if any(letter.isalpha() for letter in line)]  # a launcher rules off its last words
     return said[-1].removeprefix("traceback : ")[:300] if said else "it said nothing."

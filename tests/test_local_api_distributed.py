@@ -195,7 +195,8 @@ def test_a_killed_process_ends_the_others_and_is_named(tiny_model, files, tmp_pa
     ranks["1"].kill()
     assert launcher.wait(60) == 1 and not (job_dir / "outcome.json").exists()
     assert not ranks["0"].is_running()
-    assert f"Signal 9 (SIGKILL) received by PID {ranks['1'].pid}" in worker.last_line(job_dir / "trainer.log")
+    said = worker.said_since(job_dir / "trainer.log", 0)
+    assert f"Signal 9 (SIGKILL) received by PID {ranks['1'].pid}" in worker.last_line(said)
 
 
 def test_4_bits_without_a_cuda_gpu_are_refused_by_the_server_and_fail_a_job(tiny_model, tmp_path, capsys):

@@ -26,6 +26,7 @@ from local_api_doubles import TRAINER, training_file, wait_for
 
 from conftest import CACHE
 from local_api import __main__ as program
+from local_api.worker import MAX_KILLS
 
 ROOT = Path(__file__).resolve().parent.parent
 if os.name == "nt":
@@ -205,6 +206,26 @@ def test_a_job_waits_for_a_launcher_that_is_gone(tmp_path):
         job = process.create_job("hello")
         process.wait_for_event(job, f"{launcher} cannot be started (No such file or directory); see --launcher.")
         (tmp_path / "away").rename(launcher)
+        assert wait_for(job.id, process.client).status == "succeeded"
+
+
+def test_a_job_waits_for_the_disk_of_a_trainer_whose_launcher_has_its_own_exit_code(tmp_path):
+    launcher = tmp_path / "launcher"
+    launcher.write_text(
+        f'#!/bin/sh\n{sys.executable} {tmp_path / "trainer.py"} "$3"\n'
+        f"echo traceback : To enable traceback see ... >&2\necho >> {tmp_path / 'tries'}\nexit 1\n"
+    )
+    launcher.chmod(0o755)
+    with server(tmp_path, "--launcher", str(launcher)) as process:
+        job = process.create_job("full disk")
+        deadline = time.monotonic() + 40
+        while not (tmp_path / "tries").exists() or (tmp_path / "tries").stat().st_size <= MAX_KILLS:
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        assert process.client.fine_tuning.jobs.retrieve(job.id).status == "running"
+        said = [event.message for event in process.client.fine_tuning.jobs.list_events(job.id) if event.level == "warn"]
+        assert len(said) == 1 and said[0].endswith("could not use its files: No space left on device.")
+        process.let_trainers_go()
         assert wait_for(job.id, process.client).status == "succeeded"
 
 
