@@ -16,7 +16,7 @@ from pathlib import Path
 
 import openai
 import pytest
-from local_api_doubles import ENDS, training_file
+from local_api_doubles import ENDS, training_file, wait_for
 from test_local_api_faults import cut
 from test_local_api_process import Process
 
@@ -90,8 +90,8 @@ def run(folder, base, moment, fault):
                 (folder / "filler").unlink(missing_ok=True)
         assert job.status == "succeeded", job.error
         assert struck.exists() == (fault != "none")
-        for one in filter(None, (earlier, job)):  # the earlier one is trained first
-            assert process.client.fine_tuning.jobs.retrieve(one.id).status == "succeeded"
+        for one in filter(None, (earlier, job)):
+            assert wait_for(one.id, process.client).status == "succeeded"
             assert process.steps(one) == list(range(1, process.steps(one)[-1] + 1)), "every step is there once"
         assert process.client.files.content(file.id).content == training_file()
         said = [event.message for event in process.client.fine_tuning.jobs.list_events(job.id, limit=100)]
