@@ -18,7 +18,7 @@ tutorial: .venv/.installed
 	@$(BIN)/python examples/run_tutorial.py
 
 test: .venv/.installed-tests
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest -m "not slow" -n 2 --dist worksteal
 
 test-slow: .venv/.installed-tests
 	$(BIN)/python -m pytest -m "slow and not exhaustive"

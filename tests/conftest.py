@@ -22,6 +22,8 @@ for name in list(os.environ):
         del os.environ[name]
 os.environ.update(HF_HUB_OFFLINE="1", PYTHON_DOTENV_DISABLED="1", TIKTOKEN_CACHE_DIR=str(CACHE / "tiktoken"))
 os.environ["no_proxy"] = "*"  # else macOS is asked for its proxies, which a process that was forked must not do
+if "PYTEST_XDIST_WORKER" in os.environ:  # threads of two processes on two cores wait for each other most of the time
+    os.environ["OMP_NUM_THREADS"] = "1"
 # Each client reads all the certificates that the machine trusts (0.05 s), and no test needs one: they are read once.
 ssl.create_default_context = functools.cache(ssl.create_default_context)
 

@@ -55,12 +55,11 @@ def write_report(**fields) -> None:
 
 @pytest.fixture
 def api(tmp_path, monkeypatch):
-    """A fake API, its variables set, a folder with training data as the current one, and short waits."""
+    """A fake API, its variables set, a folder with training data, and a short wait for a lost order."""
     with FakeAPI() as api:
         monkeypatch.chdir(tmp_path)
         for name, value in api.env().items():
             monkeypatch.setenv(name, value)
-        monkeypatch.setattr(fine_tune, "REQUEST_TIMEOUT", 0.5)
         monkeypatch.setattr(fine_tune, "ORDER_WAIT", 1.0)
         write_rows("training_data.jsonl")
         yield api
@@ -235,6 +234,8 @@ def assert_one_job(api) -> None:
 def test_any_fault_and_then_the_same_command(api, monkeypatch, capsys, match, kind):
     real_sleep = time.sleep
     monkeypatch.setattr(time, "sleep", lambda seconds: real_sleep(min(seconds, 0.05)))  # the SDK's pauses, and ours
+    if kind == "slow":
+        monkeypatch.setattr(fine_tune, "REQUEST_TIMEOUT", 0.5)
     api.echo_key = True
     api.fault(match, kind, seconds=1.0)
     if run() != 0:
