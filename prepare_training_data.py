@@ -18,22 +18,24 @@ Omits   data for other methods (DPO); rows with tools or images, which go in as 
 
 from __future__ import annotations
 
-import argparse
-import csv
-import hashlib
-import io
-import json
-import os
-import re
-import sys
-from collections import Counter
-from pathlib import Path
-
 try:
+    import argparse
+    import csv
+    import hashlib
+    import io
+    import json
+    import os
+    import re
+    import sys
+    from collections import Counter
+    from pathlib import Path
+
     import tiktoken
     from dotenv import load_dotenv
 except ModuleNotFoundError as missing:
     sys.exit(f"{missing.name} is missing: activate .venv, or pip install -r requirements.txt")
+except KeyboardInterrupt:  # the imports take a while
+    raise SystemExit(130) from None
 
 # The model learns to answer under this message, and has to be asked under the same one.
 SYSTEM_PROMPT = (
