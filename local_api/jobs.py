@@ -87,6 +87,7 @@ class JobRequest(Parameters):
     seed: Annotated[int | None, Field(ge=0, le=2147483647)] = None
     metadata: Metadata = None
     integrations: list[Any] | None = None
+    trainingType: str | None = None  # Azure's choice of a price: all that is trained here is free
 
 
 # What the API answers

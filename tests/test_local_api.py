@@ -390,6 +390,11 @@ def test_a_job_without_a_seed_draws_one(client):
     assert len(seeds) == 3 and all(isinstance(seed, int) for seed in seeds)
 
 
+def test_the_price_that_azures_own_scripts_name_is_accepted(client):
+    body = {"model": "tiny-base", "training_file": upload(client).id, "trainingType": "globalStandard"}
+    assert "trainingType" not in client.post("/fine_tuning/jobs", body=body, cast_to=object)
+
+
 @pytest.mark.parametrize("changes, status, param, code", [
     ({"model": "gpt-4o"}, 404, "model", "model_not_found"),
     ({"training_file": "file-unknown"}, 400, "training_file", None),
@@ -668,7 +673,8 @@ def test_penalties_and_biases_reach_the_engine(client, server):
 def test_what_is_left_out_says_what_to_do_instead(client):
     tools = [{"type": "function", "function": {"name": "f"}}]
     said = refusal(lambda: ask(client, "hi", tools=tools), 400, "tools", "unsupported_parameter")
-    assert said.endswith("It answers with text alone: leave tools out, or send 'tool_choice': 'none'.")
+    assert "It answers with text alone: leave tools out, or send 'tool_choice': 'none';" in said
+    assert said.endswith("a JSON schema, in 'response_format' (chat) or 'text.format' (responses).")
     for wrong in ({"store": True}, {"previous_response_id": "resp_1"}, {"conversation": "conv_1"},
                   {"input": [{"type": "item_reference", "id": "msg_1"}]}):  # fmt: skip
         with pytest.raises(openai.BadRequestError, match=r"keeps no responses.*'store': false, or ask /v1/chat/compl"):
