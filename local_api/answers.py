@@ -26,10 +26,7 @@ from local_api.shapes import Metadata, Parameters
 from local_api.store import Document
 
 log = logging.getLogger("local_api")
-TEXT_ALONE = (
-    "It answers with text alone: leave tools out, or send 'tool_choice': 'none'; an object is had with a JSON schema, "
-    "in 'response_format' (chat) or 'text.format' (responses)."
-)
+TEXT_ALONE = "It answers with text alone: leave tools out, or send 'tool_choice': 'none'; for an object, a JSON schema."
 MAX_GENERATIONS = 64  # that the engine has at once; more wait
 MAX_WAITING = 256  # generations; one more is answered with 429
 MAX_WAIT_SECONDS = 60.0  # so is one that has waited for so long

@@ -172,8 +172,7 @@ def create_job(request: Request, store: StoreOfRequest, job: JobRequest) -> Docu
     if are_in_method and job.hyperparameters and job.hyperparameters != supervised.hyperparameters:
         raise APIError(400, "'hyperparameters' and 'method.supervised.hyperparameters' differ; send only the latter.",
                        param="hyperparameters")  # fmt: skip
-    asked = supervised.hyperparameters if are_in_method or not job.hyperparameters else job.hyperparameters
-    hyperparameters = asked.model_dump()
+    hyperparameters = (job.hyperparameters or supervised.hyperparameters).model_dump()
 
     job_id = new_id("ftjob-")
     document = {

@@ -153,11 +153,11 @@ INSPECT = """
 from inspect_ai import Task, eval
 from inspect_ai.dataset import Sample
 from inspect_ai.model import GenerateConfig, ResponseSchema
-from inspect_ai.scorer import exact
+from inspect_ai.scorer import match
 from inspect_ai.util import json_schema
 form = GenerateConfig(response_schema=ResponseSchema(name="ticket", json_schema=json_schema(Ticket)))
 sample = Sample(input=QUESTION, target="Yes, of course.")
-text, ticket = (eval(Task(dataset=[sample], scorer=exact(), config=config), model="openai/" + MODEL, display="none")[0]
+text, ticket = (eval(Task(dataset=[sample], scorer=match(location="exact"), config=config), model="openai/" + MODEL, display="none")[0]
                 for config in (GenerateConfig(), form))
 assert text.results.scores[0].metrics["accuracy"].value == 1.0
 Ticket.model_validate_json(ticket.samples[0].output.completion)
@@ -169,8 +169,8 @@ from wandb.integration.openai.fine_tuning import WandbLogger
 os.environ["WANDB_MODE"] = "offline"
 WandbLogger._logged_in, WandbLogger._get_wandb_run = True, classmethod(lambda cls, path: None)
 WandbLogger.sync(fine_tune_job_id=os.environ["JOB"], openai_client=OpenAI(), log_datasets=False)
-summary = WandbLogger._run.summary
-assert summary["fine_tuned_model"] == MODEL and summary["train_loss"] < 0.1, summary
+written = next(pathlib.Path("wandb").glob("offline-run-*/*.wandb")).read_bytes()
+assert MODEL.encode() in written and b"train_loss" in written
 """
 OPENAI_PACKAGES = ["openai==3.57.0"]
 LLAMA_INDEX_PACKAGES = ["llama-index-llms-openai==0.8.3", "llama-index-llms-openai-like==0.8.1"]
