@@ -156,9 +156,10 @@ from inspect_ai.model import GenerateConfig, ResponseSchema
 from inspect_ai.scorer import match
 from inspect_ai.util import json_schema
 form = GenerateConfig(response_schema=ResponseSchema(name="ticket", json_schema=json_schema(Ticket)))
-sample = Sample(input=QUESTION, target="Yes, of course.")
-text, ticket = (eval(Task(dataset=[sample], scorer=match(location="exact"), config=config), model="openai/" + MODEL, display="none")[0]
-                for config in (GenerateConfig(), form))
+def ask(**config):
+    task = Task(dataset=[Sample(input=QUESTION, target="Yes, of course.")], scorer=match(location="exact"), **config)
+    return eval(task, model="openai/" + MODEL, display="none")[0]
+text, ticket = ask(), ask(config=form)
 assert text.results.scores[0].metrics["accuracy"].value == 1.0
 Ticket.model_validate_json(ticket.samples[0].output.completion)
 """
