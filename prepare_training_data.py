@@ -307,7 +307,7 @@ class TrainingDataPreparator:
         self.system = SYSTEM_PROMPT if system is None else system
         self.counted = "exact" if self.model in PRICES else "approximate"  # for other tokenizers
         try:
-            self.encoding = tiktoken.get_encoding("o200k_base")
+            self.encoding: tiktoken.Encoding | None = tiktoken.get_encoding("o200k_base")
         except (OSError, ValueError):  # the vocabulary is not here and cannot be downloaded
             self.encoding, self.counted = None, "estimated"
 
@@ -356,7 +356,7 @@ class TrainingDataPreparator:
 
     def compare(self, rows: list[Row], hold_out: float) -> tuple[list[Row], list[Row]]:
         """Tell which rows repeat or contradict others, or are too long; part off test cases."""
-        training, tests, seen, asked = [], [], {}, {}
+        training, tests, seen, asked = [], [], {}, {}  # type: ignore[var-annotated]
         counts = iter(self.count_tokens([text for row in rows for text in row.texts]))
         for row in rows:
             row.tokens = 3 + sum(4 + next(counts) for _ in row.texts)
