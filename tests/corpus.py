@@ -15,11 +15,8 @@ SECRETS = [
     ("an API key", "sk-" + LETTERS[:48]), ("an API key", "sk-proj-" + LETTERS[:30] + "_-" + LETTERS[30:60]),
     ("an API key", "sk-ant-api03-" + LETTERS[:60]), ("an AWS access key", "AKIA" + "QWERTYUIOP123456"),
     ("a GitHub token", "ghp_" + LETTERS[:36]), ("a GitHub token", "github_pat_" + LETTERS[:22] + "_" + LETTERS[:59]),
-    ("a GitLab token", "glpat-" + LETTERS[:20]), ("a Google API key", "AIza" + LETTERS[:35]),
+    ("a Google API key", "AIza" + LETTERS[:35]),
     ("a Hugging Face token", "hf_" + LETTERS[:34]), ("a Slack token", "xoxb-123456789012-" + LETTERS[:24]),
-    ("a Stripe key", "sk_live_" + LETTERS[:24]), ("a Stripe key", "rk_test_" + LETTERS[:24]),
-    ("an npm token", "npm_" + LETTERS[:36]), ("a PyPI token", "pypi-" + LETTERS[:80]),
-    ("a JSON Web Token", f"eyJ{LETTERS[:20]}.eyJ{LETTERS[:40]}.{LETTERS[:43]}"),
     ("a private key", "-----BEGIN OPENSSH PRIVATE KEY-----\n" + LETTERS), ("a private key", "-----BEGIN PRIVATE KEY-----"),
     ("a private key", "-----BEGIN PGP PRIVATE KEY BLOCK-----"),
 ]  # fmt: skip

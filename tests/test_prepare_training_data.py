@@ -367,8 +367,7 @@ FAULTS = [
     ("too-many-tokens", qa("x") | {"answer": "word " * 70_000}),
     *(("secret", qa("x") | {"answer": f"{ANSWER} key: {key} end"}) for key in (
         "sk-" + LETTERS[:48], "sk-proj-" + LETTERS[:40], "AKIA" + "QWERTYUIOP123456", "ghp_" + LETTERS[:36], "github_pat_" + LETTERS[:60],
-        "glpat-" + LETTERS[:20], "AIza" + LETTERS[:35], "hf_" + LETTERS[:34], "xoxb-123456789012-" + LETTERS[:24], "sk_live_" + LETTERS[:24],
-        "npm_" + LETTERS[:36], "pypi-" + LETTERS[:80], "eyJ" + LETTERS[:20] + ".eyJ" + LETTERS[:20] + "." + LETTERS[:20],
+        "AIza" + LETTERS[:35], "hf_" + LETTERS[:34], "xoxb-123456789012-" + LETTERS[:24],
         "-----BEGIN RSA PRIVATE KEY-----")),
 ]  # fmt: skip
 WARNINGS = [
