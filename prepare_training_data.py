@@ -215,7 +215,7 @@ SECRET = (  # a key of OpenAI and others, AWS, Google, GitHub, Hugging Face or S
     r"sk-(?<!\wsk-)(?=[\w-]*\d)[\w-]{20}|AKIA[A-Z0-9]{16}|AIza[\w-]{35}|ghp_\w{36}|"
     r"github_pat_\w{22}|hf_\w{30}|xox[abeprs]-[\w-]{10}|-----BEGIN [A-Z0-9 ]*PRIVATE KEY"
 )
-SECRET_MARKS = ("sk-", "AKIA", "AIza", "ghp_", "github_pat_", "hf_", "xox", "PRIVATE KEY")
+SECRET_MARKS = ["sk-", "AKIA", "AIza", "ghp_", "github_pat_", "hf_", "xox", "PRIVATE KEY"]
 HTML = r"&(?:amp|[lg]t|quot|nbsp|#\d+);|</?(?:p|br|div|span|b|i|em|ul|li|a)(?: [^<>]*=[^<>]*)?/?>"
 MOJIBAKE, SURROGATE = r"â€.|[ÃÂ][\x80-\xbf]", r"[\ud800-\udfff]"  # "Itâ€™s", "schÃ¶n"
 RULES = [
