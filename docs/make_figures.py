@@ -66,9 +66,9 @@ class Runner:
             shutil.copy(WORK / "fine_tune_job.json", trained)
         return read(trained)["fine_tuned_model"]
 
-    def test(self, model: str, options: str = "") -> dict:
+    def test(self, model: str, options: str = "", cases: str = f"{TECHFLOW}/test_cases.json") -> dict:
         """Test a model against its base model, or another, and return the summary."""
-        self(f"python test_model.py {model} --output summary.json {options}")
+        self(f"python test_model.py {model} --cases {cases} --output summary.json {options}")
         return read(WORK / "summary.json")["summary"]
 
 
@@ -98,7 +98,7 @@ def first_round(run: Runner, base_url: str) -> str:
 def later_round(run: Runner, model: str, first: str) -> dict:
     """Compare a later round's model with that of round 1; return the summaries."""
     against = f"--base-model {first}"
-    fresh = run.test(model, f"{against} --cases {TECHFLOW}/fresh_cases.json")
+    fresh = run.test(model, against, f"{TECHFLOW}/fresh_cases.json")
     return {"cases": run.test(model, against), "fresh": fresh}
 
 
@@ -118,7 +118,7 @@ def main() -> int:
             f"--system {shlex.quote(EDUCATION_PROMPT)}"
         )
         education = run.train("education_data.jsonl", "education")
-        keep("education.json", run.test(education, f"--cases {EDUCATION}/test_cases.json"))
+        keep("education.json", run.test(education, cases=f"{EDUCATION}/test_cases.json"))
         rows = f"{TECHFLOW}/qa_pairs.json {TECHFLOW}/round_2.json"
         run(f"python prepare_training_data.py {rows} -o round_2_data.jsonl")
         round_2 = run.train("round_2_data.jsonl", "round-2")
