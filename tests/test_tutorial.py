@@ -179,7 +179,7 @@ def test_the_real_base_model_answers_and_is_fine_tuned(base_model, tmp_path):
             return reply.choices[0].message.content
 
         assert "Paris" in answer("smollm2-135m-instruct", "What is the capital of France?")
-        rows = (ROOT / "training_data.jsonl").read_bytes().splitlines(keepends=True)[:12]
+        rows = sorted((ROOT / "training_data.jsonl").read_bytes().splitlines(keepends=True), key=len)[:12]
         file = client.files.create(file=("training_data.jsonl", b"".join(rows)), purpose="fine-tune")
         hyperparameters = {"n_epochs": 2, "batch_size": 2}
         job = client.fine_tuning.jobs.create(
