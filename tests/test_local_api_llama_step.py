@@ -168,6 +168,7 @@ def test_fifty_steps_lead_where_pefts_lead(tiny_model, tmp_path, monkeypatch):
     assert ours == pytest.approx(theirs, rel=0.02)
 
 
+@pytest.mark.exhaustive
 @pytest.mark.slow
 @pytest.mark.timeout(1500)
 def test_fifty_steps_of_the_base_model_lead_where_pefts_lead(base_model, monkeypatch):

@@ -412,7 +412,11 @@ def accept_until_killed(process, accepted):
         pass
 
 
-@pytest.mark.parametrize("seed", [0, *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(1, 25))])
+@pytest.mark.parametrize("seed", [
+    0,
+    *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(1, 7)),
+    *(pytest.param(seed, marks=[pytest.mark.slow, pytest.mark.exhaustive]) for seed in range(7, 25)),
+])  # fmt: skip
 def test_what_was_accepted_is_there_after_kill_9_at_any_moment(tmp_path, seed):
     chance, accepted = random.Random(seed), []
     for _ in range(3):

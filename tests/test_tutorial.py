@@ -181,7 +181,7 @@ def test_the_real_base_model_answers_and_is_fine_tuned(base_model, tmp_path):
         assert "Paris" in answer("smollm2-135m-instruct", "What is the capital of France?")
         rows = sorted((ROOT / "training_data.jsonl").read_bytes().splitlines(keepends=True), key=len)[:12]
         file = client.files.create(file=("training_data.jsonl", b"".join(rows)), purpose="fine-tune")
-        hyperparameters = {"n_epochs": 2, "batch_size": 2}
+        hyperparameters = {"n_epochs": 1, "batch_size": 1}
         job = client.fine_tuning.jobs.create(
             model="smollm2-135m-instruct",
             training_file=file.id,
