@@ -16,8 +16,6 @@ Omits   data for other methods (DPO); rows with tools or images, which go in as 
     python prepare_training_data.py training_data.jsonl     # once more, after you have edited it
 """
 
-from __future__ import annotations
-
 try:
     import argparse
     import csv
@@ -29,7 +27,6 @@ try:
     import sys
     from collections import Counter
     from concurrent.futures import ThreadPoolExecutor
-    from itertools import chain
     from pathlib import Path
 
     import tiktoken
@@ -73,11 +70,8 @@ class Row:
 
 
 # --- Reading: the records of a file, each with its line
-
 # How workbooks, Parquet, chat logs, Markdown, PDF and HTML begin
 NO_RECORDS = r"PK\x03|PAR1|\[?\d+[./-]\d+[./-]\d+,? |#+ |#sep|[*>-] |---|\*\*|Q:|[|<]|%PDF"
-# {"faqs": [{...}, ...]}
-LIST_WITHIN = r'\s*{[^][{}]*"(?!messages|conversations|history|tools|prompt)(\w+)"\s*:\s*\[(?=\s*{)'
 
 
 def read(path: str):
@@ -95,29 +89,34 @@ def read(path: str):
 def read_json(path: str, text: str):
     """Go from record to record: those of a list, one on each line, or printed over many."""
     decoder, next_record = json.JSONDecoder(), re.compile(r"[^\s,\[\]]")
-    line, counted, end = 1, 0, 0
-    list_within = re.match(LIST_WITHIN, text)
-    if list_within:  # {"faqs": [...]}: begin inside of the list
-        print(f"{path}: the records are those in `{list_within[1]}`; the rest is left out.")
-        end = list_within.end()
-    while found := next_record.search(text, end):
+    line, counted, end, length = 1, 0, 0, len(text)
+    while found := next_record.search(text, end, length):
         start = found.start()
         line, counted = line + text.count("\n", counted, start), start
-        if list_within and text[start] != "{":  # what stands behind the list
-            return
         try:
             record, end = decoder.raw_decode(text, start)
         except (ValueError, RecursionError) as error:
             sys.exit(f"{path}:{line}: error: invalid-json: {error}: mend it there, and run again.")
-        yield line, record
+        name = list_within(record) if end == length else ""
+        if name:  # {"faqs": [...]}: go on inside of the list
+            print(f"{path}: the records are those in `{name}`; what is beside it is left out.")
+            end = text.index("[", text.index(f'"{name}"', start))
+            length = decoder.raw_decode(text, end)[1]
+        else:
+            yield line, record
+
+
+def list_within(record) -> str:
+    """Return the name of the one list of objects in an object that is no record itself."""
+    if not isinstance(record, dict) or find_shape(record):
+        return ""
+    lists = [name for name, value in record.items() if str(value).startswith("[{")]
+    return lists[0] if len(lists) == 1 else ""
 
 
 def read_table(path: str, text: str):
     """Go through a table, whose header names the columns and shows the delimiter."""
-    header, delimiter = text.split("\n")[0], ","
-    for sign in ";\t":
-        if sign in header:
-            delimiter = sign
+    delimiter = next((sign for sign in "\t;" if sign in text.partition("\n")[0]), ",")
     csv.field_size_limit(2**31 - 1)  # an answer may be longer than the module's 128 KB
     table = csv.DictReader(io.StringIO(text), restval="", delimiter=delimiter, strict=True)
     line = 2
@@ -133,7 +132,6 @@ def read_table(path: str, text: str):
 
 
 # --- Shapes: from a record to an example
-
 SHAPES: list = [("messages",), ("conversations",)]  # of a list of messages; and of two texts:
 SHAPES += [("question", "answer"), ("prompt", "completion"), ("instruction", "output")]
 ROLES = ("system", "developer", "user", "assistant")
@@ -144,6 +142,11 @@ CONTEXT = {"context", "input", "passage", "document", "documents", "background",
 CONTEXT |= {"functions", "function_call of messages"}  # `tools` and `tool_calls` today
 
 
+def find_shape(record) -> tuple[str, ...]:
+    names = {name.strip().lower() for name in record}
+    return next((shape for shape in SHAPES if names.issuperset(shape)), ())
+
+
 def to_example(row: Row, original, columns: dict[str, str], system: str) -> None:
     """Make row.example of a record, or tell why it stands for nothing."""
     if not isinstance(original, dict):
@@ -152,10 +155,11 @@ def to_example(row: Row, original, columns: dict[str, str], system: str) -> None
     for name, value in original.items():
         plain = name.strip().lower()
         record[columns.get(plain, plain)] = value
-    if isinstance(record.get("label"), bool) or record.keys() & {"chosen", "preferred_output"}:
-        cure = "keep the good answers alone (docs/your_data.md)"
-        return row.fault("unknown-shape", f"this is data for another method, DPO or KTO: {cure}")
-    shape = next((shape for shape in SHAPES if record.keys() >= set(shape)), ())
+    is_rated = str(record.get("label")).lower() in ("true", "false")
+    if is_rated or record.keys() & {"chosen", "preferred_output"}:
+        cure = "this is data for another method: keep the good answers (docs/your_data.md)"
+        return row.fault("unknown-shape", cure)
+    shape = find_shape(record)
     if not shape or len(record) < len(original):
         found = ", ".join(f"`{name}`" for name in original)[:80]
         cure = "--columns question=NAME,answer=NAME, or another way in docs/your_data.md"
@@ -168,8 +172,9 @@ def to_example(row: Row, original, columns: dict[str, str], system: str) -> None
     if not isinstance(messages, list) or not messages:
         return row.fault("missing-messages", "there is no list of `messages`: write one")
     if isinstance(record.get("history"), list):
-        for pair in reversed(record.pop("history")):  # of question and answer; or a message
-            messages = (turns(*pair) if isinstance(pair, list) else [pair]) + messages
+        for turn in reversed(record.pop("history")):  # a question and its answer; or a message
+            is_pair = isinstance(turn, list) and len(turn) == 2
+            messages = (turns(*turn) if is_pair else [turn]) + messages
     own = record.pop("system", None)
     messages = [to_message(row, message) for message in messages]
     if (own or system) and messages[0].get("role") not in ("system", "developer"):
@@ -206,7 +211,6 @@ def to_message(row: Row, raw) -> dict:
 
 
 # --- Rules: the kind of a fault, what finds it in a row, the cure; the first error is told
-
 WARNINGS = {"last-not-assistant", "short-answer", "placeholder-answer", "html", "mojibake"}
 WARNINGS |= {"not-in-training", "tutorial-prompt", "common-mark", "few-examples"}
 WARNINGS |= {"not-looked-into", "duplicate", "conflicting-answer"}  # other kinds: not written
@@ -216,6 +220,7 @@ SECRET = (  # a key of OpenAI and others, AWS, Google, GitHub, Hugging Face or S
     r"sk-(?<!\wsk-)(?=[\w-]*\d)[\w-]{20}|AKIA[A-Z0-9]{16}|AIza[\w-]{35}|ghp_\w{36}|"
     r"github_pat_\w{22}|hf_\w{30}|xox[abeprs]-[\w-]{10}|-----BEGIN [A-Z0-9 ]*PRIVATE KEY"
 )
+# Each has one of these in it. To look for them first is many times faster.
 SECRET_MARKS = ["sk-", "AKIA", "AIza", "ghp_", "github_pat_", "hf_", "xox", "PRIVATE KEY"]
 HTML = r"&(?:amp|[lg]t|quot|nbsp|#\d+);|</?(?:p|br|div|span|b|i|em|ul|li|a)(?: [^<>]*=[^<>]*)?/?>"
 MOJIBAKE, SURROGATE = r"â€.|[ÃÂ][\x80-\xbf]", r"[\ud800-\udfff]"  # "Itâ€™s", "schÃ¶n"
@@ -238,15 +243,14 @@ RULES = [
 
 
 def has_secret(text: str) -> bool:
-    """Look for the marks first: that is many times faster."""
     return any(mark in text for mark in SECRET_MARKS) and bool(re.search(SECRET, text))
 
 
 def judge(row: Row) -> None:
     """Tell the faults that an example has by itself."""
     if row.has_tools:
-        row.text = json.dumps(row.example)
-        row.texts = ["", row.text]
+        row.prompt = json.dumps(row.example)
+        row.texts = ["", row.prompt]
         return row.fault("not-looked-into", "tools, images: python -m local_api --check FILE does")
     for message in row.example["messages"]:
         text, role, weight = message.get("content"), message.get("role"), message.get("weight", 1)
@@ -281,10 +285,9 @@ def judge_file(file: Row, rows: list[Row]) -> None:
         for form, part in (start, end):
             marks = {"".join(re.findall(form, row.texts[at][part])) for row in rows}
             if len(marks) == 1 and marks != {""}:
-                cure = "chat needs none, take it out"
-                file.fault("common-mark", f"each {name} has {marks.pop()!r}: {cure}")
+                file.fault("common-mark", f"each {name} has {marks.pop()!r}: take it out")
     lost = Counter(name for row in rows for name, value in row.left_out.items() if value)
-    for name in CONTEXT & lost.keys():
+    for name in sorted(CONTEXT & lost.keys()):
         what = f"`{name}` is not in the training data: {lost[name]:,} rows"
         file.fault("not-in-training", f"{what}; join it to the question if the answer needs it")
 
@@ -305,9 +308,6 @@ def tell(rows: list[Row], show_all: bool) -> None:
             print(f"{place}: {level}: {kind}: {sentence}{more}", file=sys.stderr)
 
 
-# --- The step
-
-
 class TrainingDataPreparator:
     """Makes a training file for one base model, under one system prompt."""
 
@@ -316,6 +316,8 @@ class TrainingDataPreparator:
         self.model = model or os.environ.get("FINE_TUNE_MODEL") or DEFAULT_MODEL
         self.system = SYSTEM_PROMPT if system is None else system
         self.counted = "exact" if self.model in PRICES else "approximate"  # for other tokenizers
+        if folder := os.environ.get("TIKTOKEN_CACHE_DIR"):  # .env names it relative to this script
+            os.environ["TIKTOKEN_CACHE_DIR"] = str(Path(__file__).parent / folder)
         try:
             self.encoding: tiktoken.Encoding | None = tiktoken.get_encoding("o200k_base")
         except (OSError, ValueError):  # the vocabulary is not here and cannot be downloaded
@@ -331,6 +333,10 @@ class TrainingDataPreparator:
         if self.encoding is None:
             return [len(text.encode()) // 4 for text in texts]
         return [len(self.encoding.encode_ordinary(text)) for text in texts]
+
+    def count_rows(self, rows: list[Row]) -> None:
+        for row in rows:  # by openai-cookbook's rule for chats
+            row.tokens = 3 + sum(4 + count for count in self.count_tokens(row.texts))
 
     def prepare_data(self, inputs, output, columns=None, hold_out=0.0, show_all=False) -> dict:
         """Read, judge, compare and write; return what the report file holds.
@@ -363,12 +369,10 @@ class TrainingDataPreparator:
     def compare(self, rows: list[Row], hold_out: float) -> tuple[list[Row], list[Row]]:
         """Tell which rows repeat or contradict others, or are too long; part off test cases."""
         training, tests, seen, asked = [], [], {}, {}  # type: ignore[var-annotated]
-        texts = [text for row in rows for text in row.texts]
-        blocks = [texts[start : start + 200] for start in range(0, len(texts), 200)]
+        blocks = [rows[start : start + 50] for start in range(0, len(rows), 50)]
         with ThreadPoolExecutor(os.cpu_count()) as pool:  # tiktoken encodes on all cores
-            counts = chain.from_iterable(pool.map(self.count_tokens, blocks))
+            list(pool.map(self.count_rows, blocks))
         for row in rows:
-            row.tokens = 3 + sum(4 + next(counts) for _ in row.texts)  # openai-cookbook's rule
             same = seen.setdefault(tuple(row.texts), row)
             first, number = asked.setdefault(row.prompt, (row, len(asked)))
             if row.tokens > TOKEN_LIMIT:
@@ -409,13 +413,14 @@ class TrainingDataPreparator:
         print(f"  billed         {tokens * epochs:,} ({epochs} epochs, as `auto` chooses)")
         print(f"Estimated cost   {words}")
         print(f"Problems         errors {len(kinds) - warnings:,}, warnings {warnings:,}")
-        systems = {"\n".join(row.said["system"] + row.said["developer"]) for row in training}
-        report: dict = {"file": str(path)}
-        report |= {"sha256": hashlib.sha256(path.read_bytes()).hexdigest(), "model": self.model}
+        first = training[0].example["messages"][0]
+        has_one = all(row.example["messages"][0] == first for row in training)
+        report: dict = {"file": str(path), "model": self.model, "errors": len(kinds) - warnings}
+        report |= {"sha256": hashlib.sha256(path.read_bytes()).hexdigest(), "warnings": warnings}
         report |= {"examples": len(training), "tokens": tokens, "counted": self.counted}
         report |= {"epochs": epochs, "price_per_million_tokens": price, "estimated_cost": cost}
-        report |= {"errors": len(kinds) - warnings, "warnings": warnings}
-        report["system_prompt"] = (systems.pop() or None) if len(systems) == 1 else None
+        is_system = has_one and first["role"] in ("system", "developer")
+        report["system_prompt"] = first["content"] if is_system else None
         path.with_suffix(".report.json").write_text(json.dumps(report, indent=2), "utf-8")
         return report
 
@@ -423,17 +428,14 @@ class TrainingDataPreparator:
 def save_to_jsonl(examples: list[dict], path: str) -> str:
     """Write a file whole or not at all; return what became of it and of the one before it."""
     data = b"".join(json.dumps(row, ensure_ascii=False).encode() + b"\n" for row in examples)
-    outcome, old = "written", b""
-    if Path(path).exists():
-        old = Path(path).read_bytes()
+    old = Path(path).read_bytes() if Path(path).exists() else b""
     if old == data:
         return "already up to date"
     if old:
         Path(f"{path}.bak").write_bytes(old)
-        outcome = f"written; what stood there is kept as {path}.bak"
     Path(f"{path}.tmp").write_bytes(data)
     os.replace(f"{path}.tmp", path)
-    return outcome
+    return f"written; what stood there is kept as {path}.bak" if old else "written"
 
 
 def auto_epochs(examples: int) -> int:
@@ -470,8 +472,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None) -> None:
     args = build_parser().parse_intermixed_args(argv)
-    pairs = re.findall("([^=,]+)=([^=,]+)", args.columns.lower())
-    columns = {own: name for name, own in pairs}
+    columns = {own: name for name, own in re.findall("([^=,]+)=([^=,]+)", args.columns.lower())}
     inputs = args.inputs or [str(Path(__file__).parent / DEFAULT_INPUT)]
     try:
         step = TrainingDataPreparator(args.model, args.system)
@@ -481,9 +482,8 @@ def main(argv: list[str] | None = None) -> None:
     except KeyboardInterrupt:
         print("\nInterrupted: no file is half written. Run it again.", file=sys.stderr)
         sys.exit(130)
-    print(
-        f"Next: python fine_tune.py {'' if args.output == DEFAULT_OUTPUT else args.output}".strip()
-    )
+    own = "" if args.output == DEFAULT_OUTPUT else f" {args.output}"
+    print(f"Next: python fine_tune.py{own}")
 
 
 if __name__ == "__main__":
