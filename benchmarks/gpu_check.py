@@ -80,7 +80,8 @@ def compare(name: str, run: Run, processor: Run, tolerance: float) -> bool:
 
 def answer(base: Path, adapter: Path) -> None:
     """Ask the questions of TechFlow's test, and print how fast and in what form the answers came."""
-    from local_api.engine import Engine, GenerationRequest
+    from local_api.engine import Engine
+    from local_api.generation import GenerationRequest
 
     cases = json.loads(CASES.read_text("utf-8"))
     questions = [case["question"] for case in cases["cases"] if isinstance(case.get("question"), str)]
@@ -122,14 +123,14 @@ def main(argv: list[str] | None = None) -> int:
     base = base_models.prepare(args.base_model or base_models.DEFAULT_BASE_MODEL, ROOT / ".local_api/cache", print)
     rows = (ROOT / "training_data.jsonl").read_text("utf-8").splitlines(keepends=True)
     print(f"{torch.cuda.get_device_name()}, PyTorch {torch.__version__}, base model {base.name}")
-    trainers = {"local_api.train": ["local_api.train"], "local_api.train_distributed": ["local_api.train_distributed"]}
+    trainers = ("local_api.train", "local_api.train_distributed")
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         print(f"The first {SHORT_ROWS} rows, one epoch:")
         processor = train(folder / "processor", base, rows[:SHORT_ROWS], 1, ["local_api.train"], gpu=False)
         good = True
-        for number, (trainer, command) in enumerate(trainers.items()):
-            run = train(folder / f"short-{number}", base, rows[:SHORT_ROWS], 1, command)
+        for number, trainer in enumerate(trainers):
+            run = train(folder / f"short-{number}", base, rows[:SHORT_ROWS], 1, [trainer])
             good &= compare(trainer, run, processor, TOLERANCE)
         if base_models.lack_for_4bit():
             print(f"  not in 4 bits: {base_models.lack_for_4bit()}")
@@ -138,8 +139,8 @@ def main(argv: list[str] | None = None) -> int:
             run = train(folder / "short-4bit", base, rows[:SHORT_ROWS], 1, command)
             good &= compare("local_api.train_distributed, 4 bits", run, processor, TOLERANCE_4BIT)
         print(f"All {len(rows)} rows, three epochs:")
-        for number, (trainer, command) in enumerate(trainers.items()):
-            run = train(folder / f"whole-{number}", base, rows, 3, command)
+        for number, trainer in enumerate(trainers):
+            run = train(folder / f"whole-{number}", base, rows, 3, [trainer])
             last = sum(run.losses[-20:]) / 20
             print(f"  {trainer:34}  {run.tokens_per_second:.0f} tokens/s, last losses {last:.2f}, "
                   f"GPU memory {run.gigabytes:.1f} GB")  # fmt: skip

@@ -40,8 +40,8 @@ class Runner:
     def __init__(self, base_url: str):
         self.environment = {**run_tutorial.own_environment(base_url), "PYTHONUTF8": "1", "COLUMNS": "80"}
 
-    def __call__(self, command: str) -> str:
-        """Run a command of the guide, show it, and return what it prints."""
+    def __call__(self, command: str) -> None:
+        """Run a command of the guide, and show it with what it prints."""
         print(f"\n$ {command}", flush=True)
         _, script, *arguments = shlex.split(command)
         done = subprocess.run(
@@ -55,7 +55,6 @@ class Runner:
         print(done.stdout, flush=True)
         if done.returncode:
             raise SystemExit(f"{command} ended with {done.returncode}")
-        return f"$ {command}\n{done.stdout}\n"
 
     def train(self, training_file: str, suffix: str, options: str = "") -> str:
         """Train a model, unless an earlier run has done it, and return its name."""

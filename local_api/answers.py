@@ -173,7 +173,7 @@ class Answer:
     def __init__(self, http: Request, requests: list[GenerationRequest]):
         self.generating: Generating = http.app.state.generating
         self.count = len(requests)
-        self.generations: dict[int, Any] = {}
+        self.generations: list[Any] = []
         self.abandoned = False
         self.arrived: asyncio.Queue = asyncio.Queue()
         self.loop = asyncio.get_running_loop()
@@ -184,14 +184,14 @@ class Answer:
     def _submit(self, requests: list[GenerationRequest]) -> None:
         """In a thread: the first engine takes its time, and a database may be locked."""
         try:
-            self.generations = dict(enumerate(self.generating.engine().submit_together(requests)))
+            self.generations = self.generating.engine().submit_together(requests)
         except Exception as error:
             for index in range(self.count):
                 self._hand_over(self._end, index, error)
             return
         if self.abandoned:
             self._cancel()
-        for index, generation in self.generations.items():
+        for index, generation in enumerate(self.generations):
             threading.Thread(target=self._follow, args=(index, generation), name="generation", daemon=True).start()
 
     def _follow(self, index: int, generation: Any) -> None:
@@ -229,7 +229,7 @@ class Answer:
         self._cancel()
 
     def _cancel(self) -> None:
-        for generation in list(self.generations.values()):
+        for generation in self.generations:
             generation.cancel()
 
     async def _close_when_gone(self, http: Request) -> None:
@@ -238,9 +238,8 @@ class Answer:
 
     def usage(self) -> Document:
         """Return the tokens of prompt and choices; as at OpenAI, the prompt counts once."""
-        generations = list(self.generations.values())
-        prompt = generations[0].prompt_tokens if generations else 0
-        completion = sum(generation.completion_tokens for generation in generations)
+        prompt = self.generations[0].prompt_tokens if self.generations else 0
+        completion = sum(generation.completion_tokens for generation in self.generations)
         return {
             "prompt_tokens": prompt,
             "completion_tokens": completion,

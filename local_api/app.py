@@ -131,10 +131,9 @@ class Guard:
         async def send_with_id(message: Message) -> None:
             nonlocal status
             if message["type"] == "http.response.start":
-                message["headers"] = [*message["headers"], *allowed]
                 status = message["status"]
                 milliseconds = f"{(time.monotonic() - started) * 1000:.0f}".encode()
-                message["headers"] = [*message["headers"], (b"x-request-id", request_id.encode()),
+                message["headers"] = [*message["headers"], *allowed, (b"x-request-id", request_id.encode()),
                                       (b"openai-processing-ms", milliseconds)]  # fmt: skip
             await send(message)
 
@@ -165,15 +164,14 @@ class Guard:
             raise APIError(403, f"This server does not answer to the host name '{host}' (--allow-host).",
                            code="forbidden_host")  # fmt: skip
         origin = headers.get("origin")
-        if origin is not None and origin in self.origins:
-            origin = None
-        foreign = origin is not None and address(origin) != host
-        # A link to the page, as in README on another site, may be followed; it shows nothing to the site it is on.
-        followed = scope["path"] == "/" and headers.get("sec-fetch-dest") == "document"
-        elsewhere = headers.get("sec-fetch-site", "none") not in ("none", "same-origin")
-        if foreign or (elsewhere and not followed and headers.get("origin") not in self.origins):
-            sentence = "This server does not answer web pages of other origins (--allow-origin)."
-            raise APIError(403, sentence, code="forbidden_origin")
+        if origin not in self.origins:
+            foreign = origin is not None and address(origin) != host
+            # A link to the page, as in README on another site, may be followed; it shows nothing to the site it is on.
+            followed = scope["path"] == "/" and headers.get("sec-fetch-dest") == "document"
+            elsewhere = headers.get("sec-fetch-site", "none") not in ("none", "same-origin")
+            if foreign or (elsewhere and not followed):
+                sentence = "This server does not answer web pages of other origins (--allow-origin)."
+                raise APIError(403, sentence, code="forbidden_origin")
         if self.key is not None and scope["method"] != "OPTIONS" and scope["path"] not in ("/healthz", *page.FILES):
             self.check_key(headers.get("authorization", ""))
         length = headers.get("content-length", "0")

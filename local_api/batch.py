@@ -142,8 +142,12 @@ class Batch:
             generation = self.new[taken]
             taken += 1
             size += prompt_bytes(generation)
-            if not generation.cancelled and (row := self.start(generation)):
-                rows.append(row)
+            if generation.cancelled:
+                continue
+            try:
+                rows.append(self.start(generation))
+            except EngineError as error:
+                generation.pieces.put(error)
         group: list[Row] = []
         for row in sorted(rows, key=lambda row: len(row.prompt)):
             wide = (len(group) + 1) * len(row.prompt) > TOGETHER_TOKENS
@@ -170,33 +174,26 @@ class Batch:
             self.readings.remove(reading)
             self.advance(reading.rows, logits)
 
-    def start(self, generation: Generation) -> Row | None:
-        """Encode a request's prompt; one that cannot be answered gets its error."""
+    def start(self, generation: Generation) -> Row:
+        """Encode a request's prompt; EngineError if it cannot be answered."""
         request = generation.request
         limit = f"This model's maximum context length is {self.context} tokens"
         size = prompt_bytes(generation)
         if size > self.context * self.longest_token:  # to encode it would take minutes
             sentence = f"{limit}. However, your messages have {size:,} bytes, which no {self.context} tokens hold."
-            generation.pieces.put(EngineError(sentence, "context_length_exceeded"))
-            return None
+            raise EngineError(sentence, "context_length_exceeded")
         try:
             prompt = encode_prompt(self.tokenizer, request.messages)
-            matcher = self.matcher(request.form) if request.form else None
         except EncodingError as error:
-            generation.pieces.put(EngineError(f"{error}".capitalize() + ".", "invalid_value"))
-            return None
-        except EngineError as error:
-            generation.pieces.put(error)
-            return None
+            raise EngineError(f"{error}".capitalize() + ".", "invalid_value") from None
+        matcher = self.matcher(request.form) if request.form else None
         if any(token >= self.size for token in request.logit_bias):
             sentence = f"Invalid key in 'logit_bias': this model's tokens have the numbers 0 to {self.size - 1}."
-            generation.pieces.put(EngineError(sentence, "invalid_value", "logit_bias"))
-            return None
+            raise EngineError(sentence, "invalid_value", "logit_bias")
         generation.prompt_tokens = len(prompt)
         if len(prompt) >= self.context:
             sentence = f"{limit}. However, your messages resulted in {len(prompt)} tokens."
-            generation.pieces.put(EngineError(sentence, "context_length_exceeded"))
-            return None
+            raise EngineError(sentence, "context_length_exceeded")
         room = self.context - len(prompt)
         return Row(generation, prompt, min(request.max_tokens or room, room), matcher)
 

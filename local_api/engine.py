@@ -67,10 +67,6 @@ class Engine:
             self.changed.notify()
         return generations
 
-    def load(self) -> int:
-        """Return how many answers are being written or wait."""
-        return len(self.waiting) + len(self.writing())
-
     def writing(self) -> list[Generation]:
         return [generation for batch in list(self.batches.values()) for generation in batch.answers()]
 
@@ -111,9 +107,7 @@ class Engine:
 
         while True:
             with self.changed:
-                while not (
-                    self.waiting or self.closed or self.forgotten or any(b.answers() for b in self.batches.values())
-                ):
+                while not (self.waiting or self.closed or self.forgotten or self.writing()):
                     self.changed.wait()
                 if self.closed:
                     return

@@ -4,7 +4,7 @@ import json
 import shutil
 from functools import partial
 from pathlib import Path
-from typing import IO, Annotated, Any, Literal
+from typing import IO, Annotated, Literal
 
 from fastapi import Form, Query, UploadFile
 from fastapi.responses import FileResponse
@@ -48,17 +48,16 @@ def create_file(
     return public(add_file(store, file.file, new_file(file.filename or "upload", purpose, seconds)))
 
 
-def new_file(filename: str, purpose: str, expires_after: int | None = None, **private: Any) -> Document:
-    """Return the document of a file that is still to be written; `private`: more of its fields."""
-    document = {
-        "id": new_id("file-"),
+def new_file(filename: str, purpose: str, expires_after: int | None = None, id: str | None = None) -> Document:
+    """Return the document of a file that is still to be written."""
+    document: Document = {
+        "id": id or new_id("file-"),
         "object": FILE,
         "bytes": 0,
         "created_at": now(),
         "filename": Path(filename.replace("\\", "/")).name,
         "purpose": purpose,
         "status": "processed",
-        **private,
     }
     if expires_after:
         document["expires_at"] = document["created_at"] + expires_after

@@ -17,25 +17,24 @@ class Journal:
     """Appends to events.jsonl; after a restart, steps that were reported before are not reported twice."""
 
     def __init__(self, path: Path):
-        self.reported, whole = 0, 0
-        for line in path.read_bytes().splitlines(keepends=True) if path.is_file() else []:
-            try:
-                report = json.loads(line if line.endswith(b"\n") else b"")
-            except ValueError:  # a kill leaves half a line behind, a power cut anything
-                os.truncate(path, whole)
-                break
-            whole += len(line)
-            if report["type"] == "metrics":
-                self.reported = report["data"]["step"]
+        text = path.read_bytes() if path.is_file() else b""
+        reports, whole = whole_reports(text)
+        if whole < len(text):
+            os.truncate(path, whole)
+        steps = [report["data"]["step"] for report in reports if report["type"] == "metrics"]
+        self.reported = steps[-1] if steps else 0
         self.file = open(path, "a", encoding="utf-8")  # noqa: SIM115 - open for the life of the process
 
     def write(self, **line: Any) -> None:
         self.file.write(json.dumps({"created_at": int(time.time()), **line}, ensure_ascii=False) + "\n")
         self.file.flush()
 
+    def say(self, message: str, level: str = "info", data: dict | None = None) -> None:
+        self.write(level=level, type="message", message=message, data=data)
+
     def warn(self, message: str, data: dict) -> None:
         if not self.reported:
-            self.write(level="warn", type="message", message=message, data=data)
+            self.say(message, "warn", data)
 
     def metrics(self, row: dict, total_steps: int) -> None:
         if row["step"] <= self.reported:
@@ -44,6 +43,24 @@ class Journal:
         text = ", ".join(f"{name} loss={row[key]:.2f}" for key, name in names.items() if key in row)
         message = f"Step {row['step']}/{total_steps}: {text}"
         self.write(level="info", type="metrics", message=message, data={**row, "total_steps": total_steps})
+
+
+def parse(text: bytes) -> dict:
+    return json.loads(text, parse_constant=lambda constant: None)  # JSON knows no NaN and no Infinity
+
+
+def whole_reports(text: bytes) -> tuple[list[dict], int]:
+    """Return the reports before the first line that a kill or a power cut has spoilt, and how many bytes they take."""
+    reports, size = [], 0
+    for line in text.splitlines(keepends=True):
+        if not line.endswith(b"\n"):
+            break
+        try:
+            reports.append(parse(line))
+        except ValueError:
+            break
+        size += len(line)
+    return reports, size
 
 
 def write_file(target: Path, fill: Callable[[Path], Any]) -> None:

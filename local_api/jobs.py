@@ -18,6 +18,7 @@ from pydantic_core import PydanticCustomError
 
 from local_api.errors import APIError, model_not_found
 from local_api.files import find_file
+from local_api.job_files import flush_directory
 from local_api.models import Models, find_model
 from local_api.shapes import MAX_PAIRS, Metadata, Page, Parameters, Router, page
 from local_api.store import (
@@ -28,7 +29,6 @@ from local_api.store import (
     Document,
     Store,
     StoreOfRequest,
-    flush_directory,
     new_id,
     now,
     public,
@@ -198,7 +198,6 @@ def create_job(request: Request, store: StoreOfRequest, job: JobRequest) -> Docu
         "user_provided_suffix": job.suffix,
         "_base": models.base_of(job.model),
         "_suffix": re.sub(r"[^a-z0-9._]+", "-", (job.suffix or "").lower()).strip("-."),  # it becomes part of an id
-        "_times_killed": 0,  # since it last saved its state
     }
     directory = store.job_dir(job_id)
     try:

@@ -4,10 +4,10 @@ All of it can be read and recorded again at any time: an event's id follows from
 report a step again, and each is in the store once, whatever a kill or a power cut has left of the files.
 """
 
-import json
 from pathlib import Path
 
 from local_api.files import add_file, new_file
+from local_api.job_files import parse, whole_reports
 from local_api.jobs import add_event
 from local_api.store import CHECKPOINT, JOB, MODEL, Document, Store, event_id, new_id, now
 from local_api.train import KEPT_CHECKPOINTS
@@ -30,15 +30,11 @@ class Reports:
             return False
         if not new:
             return False
-        read, steps, changes = 0, 0, Document()
+        reports, read = whole_reports(new)  # of the rest, the trainer writes anew what it has not written whole
+        steps, changes = 0, Document()
         with self.store.transaction():
             job = self.store.get(JOB, self.job_id) or {}
-            for line in new.splitlines(keepends=True):
-                try:
-                    report = parse(line if line.endswith(b"\n") else b"")
-                except ValueError:  # half a line, or what a power cut made of it: the trainer writes it anew
-                    break
-                read += len(line)
+            for report in reports:
                 if report["type"] == "update":
                     changes.update(update(job, report))
                     continue
@@ -96,7 +92,3 @@ def update(job: Document, report: Document) -> Document:
     if report.get("estimated_finish") and job["status"] == "running":
         changes["estimated_finish"] = int(report["estimated_finish"])
     return changes
-
-
-def parse(text: bytes) -> Document:
-    return json.loads(text, parse_constant=lambda constant: None)  # JSON knows no NaN and no Infinity

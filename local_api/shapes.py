@@ -93,9 +93,11 @@ class Parameters(BaseModel):
 
 def check_metadata(metadata: Any) -> Any:
     """Refuse what is too much before the single pairs are looked at."""
-    if isinstance(metadata, dict) and len(metadata) > MAX_PAIRS:
+    if not isinstance(metadata, dict):
+        return metadata  # pydantic says what is wrong with it
+    if len(metadata) > MAX_PAIRS:
         raise ValueError(f"at most {MAX_PAIRS} pairs are allowed")
-    for key, value in metadata.items() if isinstance(metadata, dict) else ():
+    for key, value in metadata.items():
         if len(key) > 64 or (isinstance(value, str) and len(value) > 512):
             raise ValueError("a key has at most 64 characters and a value at most 512")
     return metadata

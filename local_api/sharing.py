@@ -9,6 +9,7 @@ import math
 from typing import Any, NamedTuple
 
 from .encoding import Encoded
+from .step import padded
 
 
 class Part(NamedTuple):
@@ -35,13 +36,7 @@ def share(rows: list[Encoded], parts: int, process: int, processes: int) -> list
 
 
 def tensors(parts: list[Part]) -> dict[str, Any]:
-    """Return a part as the model takes it, padded on the right, where no token of a causal model looks."""
-    import torch
-    from torch.nn.utils.rnn import pad_sequence
-
+    """Return a part as the model takes it."""
     [part] = parts
-    return {
-        "input_ids": pad_sequence([torch.tensor(row.ids) for row in part.rows], batch_first=True),  # (rows, tokens)
-        "trained": pad_sequence([torch.tensor(row.trained) for row in part.rows], batch_first=True),  # of booleans
-        "batch_tokens": part.batch_tokens,
-    }
+    ids, trained = padded(part.rows)
+    return {"input_ids": ids, "trained": trained, "batch_tokens": part.batch_tokens}

@@ -92,19 +92,33 @@ def losses(model: Any, rows: list[Encoded]) -> tuple[Any, int, int]:
     """
     if hasattr(model, "llama_step"):
         return model.llama_step.losses(rows)
+    ids, trained = (part.to(model.device) for part in padded(rows))
+    loss, right, count = summed_loss(model, model.get_output_embeddings(), ids, trained)
+    return loss, int(right), count
+
+
+def padded(rows: list[Encoded]) -> tuple[Any, Any]:
+    """Return token ids and which of them are trained (booleans), both (rows, tokens), padded on the right."""
     import torch
     from torch.nn.utils.rnn import pad_sequence
 
-    ids = pad_sequence([torch.tensor(row.ids) for row in rows], batch_first=True).to(model.device)  # (rows, tokens)
-    trained = pad_sequence([torch.tensor(row.trained) for row in rows], batch_first=True)[:, 1:].to(model.device)
+    ids = pad_sequence([torch.tensor(row.ids) for row in rows], batch_first=True)
+    return ids, pad_sequence([torch.tensor(row.trained) for row in rows], batch_first=True)
+
+
+def summed_loss(model: Any, output_layer: Any, ids: Any, trained: Any) -> tuple[Any, Any, int]:
+    """Return what `losses` does for (rows, tokens) of ids; the second is a tensor, too."""
+    import torch
+
+    trained = trained[:, 1:]
 
     def select(layer: Any, inputs: tuple) -> tuple:
         return (inputs[0][:, :-1][trained][None],)  # (1, trained tokens, hidden size)
 
-    with model.get_output_embeddings().register_forward_pre_hook(select):
+    with output_layer.register_forward_pre_hook(select):
         logits = model(input_ids=ids, use_cache=False).logits[0].float()  # (trained tokens, vocabulary)
     targets = ids[:, 1:][trained]
-    right = int((logits.detach().argmax(-1) == targets).sum())
+    right = (logits.detach().argmax(-1) == targets).sum()
     return torch.nn.functional.cross_entropy(logits, targets, reduction="sum"), right, len(targets)
 
 

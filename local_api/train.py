@@ -143,9 +143,9 @@ def load_resume_state(job_dir: Path, optimizer: Optimizer, journal: Journal) -> 
     except Exception as error:  # torch names no exception of its own for a damaged file
         path.rename(path.with_name("resume.pt.damaged"))
         message = f"The saved state cannot be read ({type(error).__name__}); training starts over."
-        journal.write(level="warn", type="message", message=message, data=None)
+        journal.say(message, "warn")
         return []
-    journal.write(level="info", type="message", message=f"Training goes on from step {len(rows)}.", data=None)
+    journal.say(f"Training goes on from step {len(rows)}.")
     return rows
 
 
@@ -181,14 +181,9 @@ def train(job_dir: Path, stop: dict) -> dict | None:
         if index == 0 or not batches:
             batches = epoch_batches(examples, plan.settings["batch_size"], job["seed"], epoch)
         loss, accuracy = train_step(model, optimizer, batches[index])
-        if not math.isfinite(loss):
-            sentence = f"The training loss is no number at step {step}; choose a lower learning_rate_multiplier."
-            raise JobFailed("training_diverged", sentence, "learning_rate_multiplier")
-        figures = {"train_loss": loss, "train_mean_token_accuracy": accuracy}
-        epoch_ends = index + 1 == steps_per_epoch
-        figures |= validation_figures(partial(mean_losses, model), plan, step)
-        rows.append({"step": step, **{name: round(figure, 5) for name, figure in figures.items()}})
+        rows.append(row_of_step(step, loss, accuracy, plan, partial(mean_losses, model)))
 
+        epoch_ends = index + 1 == steps_per_epoch
         now, stop_asked = time.monotonic(), stop["asked"]
         journal.metrics(rows[-1], total_steps)
         if epoch_ends:
@@ -203,6 +198,21 @@ def train(job_dir: Path, stop: dict) -> dict | None:
         if stop_asked and step < total_steps:
             return None
 
+    return finish(job_dir, model, rows, journal, plan)
+
+
+def row_of_step(step: int, loss: float, accuracy: float, plan: Plan, mean_losses: Callable) -> dict:
+    """Return the figures of a step; JobFailed if its loss is no number."""
+    if not math.isfinite(loss):
+        sentence = f"The training loss is no number at step {step}; choose a lower learning_rate_multiplier."
+        raise JobFailed("training_diverged", sentence, "learning_rate_multiplier")
+    figures = {"train_loss": loss, "train_mean_token_accuracy": accuracy}
+    figures |= validation_figures(mean_losses, plan, step)
+    return {"step": step, **{name: round(figure, 5) for name, figure in figures.items()}}
+
+
+def finish(job_dir: Path, model: Any, rows: list[dict], journal: Journal, plan: Plan) -> dict:
+    """Leave behind what was learnt, and return the outcome."""
     write_adapter(job_dir / "adapter", model)
     write_file(job_dir / "result.csv", lambda scratch: write_results(scratch, rows))
     os.fsync(journal.file.fileno())  # after the last word nobody reports a step again
@@ -273,7 +283,9 @@ def job_failed(error: Exception) -> JobFailed:
     """Return what a job says of an error that its data, hyperparameters or model bring about; raise any other."""
     if isinstance(error, JobFailed):
         return error
-    if isinstance(error, base_models.ModelUnavailable) and not isinstance(error, base_models.ModelOutOfReach):
+    if isinstance(error, (OSError, base_models.ModelOutOfReach)):  # may pass
+        raise error
+    if isinstance(error, base_models.ModelUnavailable):
         return JobFailed("model_not_available", str(error), "model")
     if isinstance(error, MemoryError) or re.search("out of memory|allocate memory", str(error)):  # or a RuntimeError
         cure = "use a smaller batch_size, shorter examples or a smaller model"

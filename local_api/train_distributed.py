@@ -34,9 +34,9 @@ from torch.distributed.elastic.multiprocessing.errors import record  # noqa: E40
 
 from . import train  # noqa: E402
 from .encoding import Encoded  # noqa: E402
-from .job_files import Journal, write_adapter, write_file, write_results  # noqa: E402
+from .job_files import Journal  # noqa: E402
 from .sharing import Part, cut, share, tensors  # noqa: E402
-from .step import MAX_GRADIENT_NORM, TOKENS_AT_ONCE, add_lora, epoch_batches, learning_rates  # noqa: E402
+from .step import MAX_GRADIENT_NORM, TOKENS_AT_ONCE, add_lora, epoch_batches, learning_rates, summed_loss  # noqa: E402
 from .validation import JobFailed  # noqa: E402
 
 TOKENS_AT_ONCE_IN_4BIT = 1024  # who trains in 4 bits has little memory
@@ -71,16 +71,9 @@ class Trainer(transformers.Trainer):
 
     def loss_of_part(self, model: Any, inputs: dict) -> tuple[Any, Any]:
         """Return (summed cross-entropy over trained tokens, how many were predicted right), as step.losses does."""
-        ids, trained = inputs["input_ids"], inputs["trained"][:, 1:]
-
-        def select(layer: Any, hidden: tuple) -> tuple:
-            return (hidden[0][:, :-1][trained][None],)  # (1, trained tokens, hidden size)
-
-        with self.accelerator.unwrap_model(model).get_output_embeddings().register_forward_pre_hook(select):
-            logits = model(input_ids=ids, use_cache=False).logits[0].float()  # (trained tokens, vocabulary)
-        targets = ids[:, 1:][trained]
-        right = (logits.detach().argmax(-1) == targets).sum().float()
-        return torch.nn.functional.cross_entropy(logits, targets, reduction="sum"), right
+        output_layer = self.accelerator.unwrap_model(model).get_output_embeddings()
+        loss, right, _ = summed_loss(model, output_layer, inputs["input_ids"], inputs["trained"])
+        return loss, right.float()
 
     def mean_losses(self, rows: list[Encoded]) -> tuple[float, float]:
         """Return (mean loss, token accuracy) of validation rows; nothing is learnt."""
@@ -138,14 +131,11 @@ class Reporter(transformers.TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self.first_step = state.global_step
         kind, precision = self.trainer.accelerator.distributed_type.value, args.mixed_precision
-        self.say(f"Processes that share each batch: {args.world_size} ({kind}, mixed precision {precision}).")
+        self.journal.say(f"Processes that share each batch: {args.world_size} ({kind}, mixed precision {precision}).")
         if state.global_step:
-            self.say(f"Training goes on from step {state.global_step}.")
+            self.journal.say(f"Training goes on from step {state.global_step}.")
         for row in rows_of(state):  # those of which a power cut has taken the report
             self.journal.metrics(row, self.plan.total_steps)
-
-    def say(self, message: str) -> None:
-        self.journal.write(level="info", type="message", message=message, data=None)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         trainer, plan, step = self.trainer, self.plan, state.global_step
@@ -154,13 +144,7 @@ class Reporter(transformers.TrainerCallback):
         figures = trainer.accelerator.reduce(torch.cat([trainer.figures, trainer.figures.new_tensor(wishes)])).tolist()
         trainer.figures.zero_()
         tokens = trainer.parts[step * args.gradient_accumulation_steps - 1].batch_tokens
-        loss, accuracy = figures[0] / tokens, figures[1] / tokens
-        if not math.isfinite(loss):
-            sentence = f"The training loss is no number at step {step}; choose a lower learning_rate_multiplier."
-            raise JobFailed("training_diverged", sentence, "learning_rate_multiplier")
-        row = {"train_loss": loss, "train_mean_token_accuracy": accuracy}
-        row |= train.validation_figures(trainer.mean_losses, plan, step)
-        row = {"step": step, **{name: round(figure, 5) for name, figure in row.items()}}
+        row = train.row_of_step(step, figures[0] / tokens, figures[1] / tokens, plan, trainer.mean_losses)
         self.journal.metrics(row, plan.total_steps)
         state.log_history.append(row)  # is saved with the state
         epoch_ends, stops, late = step % plan.steps_per_epoch == 0, figures[2] > 0, figures[3] > 0
@@ -234,11 +218,7 @@ def run(job_dir: Path, in_4bit: bool, stop: dict) -> dict | None:
     trainer.accelerator.end_training()
     if trainer.state.global_step < plan.total_steps or args.process_index:
         return None
-    write_adapter(job_dir / "adapter", adapter)
-    rows = rows_of(trainer.state)
-    write_file(job_dir / "result.csv", lambda scratch: write_results(scratch, rows))
-    os.fsync(journal.file.fileno())  # after the last word nobody reports a step again
-    return {"status": "succeeded", "trained_tokens": plan.trained_tokens}
+    return train.finish(job_dir, adapter, rows_of(trainer.state), journal, plan)
 
 
 @record  # so that a launcher's last words about a process that failed are what that process said

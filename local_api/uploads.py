@@ -2,7 +2,6 @@
 
 import contextlib
 import hashlib
-import os
 import shutil
 from typing import IO, Annotated, Literal
 
@@ -67,17 +66,19 @@ def create_upload(store: StoreOfRequest, asked: UploadRequest) -> Document:
 
 def pending_upload(store: Store, upload_id: str) -> Document:
     """Return an upload that still takes parts, or raise the API's error."""
+    upload = must_be_pending(store, upload_id)
+    if upload["expires_at"] <= now():
+        end_upload(store, upload_id, "expired")
+        must_be_pending(store, upload_id)  # it is not
+    return upload
+
+
+def must_be_pending(store: Store, upload_id: str) -> Document:
     upload = store.get(UPLOAD, upload_id)
     if upload is None:
         raise not_found("Upload object", upload_id)
-    if upload["status"] == "pending" and upload["expires_at"] <= now():
-        upload = end_upload(store, upload_id, "expired")
-    return must_be_pending(upload)
-
-
-def must_be_pending(upload: Document) -> Document:
     if upload["status"] != "pending":
-        raise APIError(400, f"Upload {upload['id']} is {upload['status']}.", code="invalid_status")
+        raise APIError(400, f"Upload {upload_id} is {upload['status']}.", code="invalid_status")
     return upload
 
 
@@ -87,7 +88,7 @@ def end_upload(store: Store, upload_id: str, status: str, file: Document | None 
     Of several requests that end the same upload one succeeds; the others get the API's error.
     """
     with store.transaction():
-        must_be_pending(store.get(UPLOAD, upload_id) or {"id": upload_id, "status": "gone"})
+        must_be_pending(store, upload_id)
         parts = store.find(PART, "parent_id = ?", (upload_id,))
         for part in parts:
             store.delete(PART, part["id"])
@@ -108,7 +109,7 @@ def add_part(store: StoreOfRequest, upload_id: str, data: UploadFile) -> Documen
             raise APIError(413, f"A part has at most {MAX_PART_BYTES // 2**20} MB.", param="data")
     try:
         with store.transaction():
-            must_be_pending(store.get(UPLOAD, upload_id) or {"id": upload_id, "status": "gone"})
+            must_be_pending(store, upload_id)
             return store.add(part, upload_id)
     except Exception:
         store.file_path(part["id"]).unlink(missing_ok=True)
@@ -153,7 +154,6 @@ def join_parts(store: Store, upload: Document, asked: CompleteRequest, whole: IO
         raise APIError(400, f"The MD5 of the joined parts is {md5.hexdigest()}.", param="md5")
     if upload["purpose"] == "fine-tune":
         check_jsonl(whole)
-        whole.seek(0, os.SEEK_END)
 
 
 @router.post("/{upload_id}/cancel", response_model=CompletedUpload)

@@ -42,6 +42,7 @@ from local_api.models import Models
 from local_api.processes import LATER, STOP_SECONDS, stop_processes, trainer_of
 from local_api.reports import Reports
 from local_api.store import JOB, Document, Store, event_id, now
+from local_api.train import job_failed
 from local_api.validation import JobFailed, validate
 
 POLL_SECONDS = 0.2
@@ -59,12 +60,11 @@ class JobWaits(Exception):
 
 @dataclass
 class Hindrance:
-    """What keeps a job from going on, how often it was tried, and when it is tried again (time.monotonic)."""
+    """How often a job was tried that something keeps from going on, when it is tried again, and what was said of it."""
 
-    reason: str
-    tries: int
-    until: float
-    told: bool
+    tries: int = 0
+    until: float = 0.0  # time.monotonic
+    told: str = ""
 
 
 class Worker:
@@ -114,16 +114,19 @@ class Worker:
             self._threads["train"].join(max(0, self.stopping + STOP_SECONDS + 1 - time.monotonic()))
 
     def _loop(self, handle: Callable[[Document], None], only_small: bool, *statuses: str) -> None:
-        """Handle the oldest job of the first of these statuses that has one, again and again."""
+        """Handle the oldest job of the first of these statuses that has one that can be tried, again and again."""
         while not self.stopping:
             try:
                 where = "json_extract(document, '$.status') = ?"
                 jobs = [job for status in statuses for job in self.store.find(JOB, where, (status,))]
+                if only_small:
+                    jobs = [job for job in jobs if self._is_small(job["id"])]
             except Exception:  # a full disk, a deleted directory: the server lives
                 log.exception("The worker cannot use the data directory; it tries again")
                 jobs = []
             with self._news:
-                ready = next((job for job in jobs if self._is_ready(job["id"], only_small)), None)
+                free = [job for job in jobs if job["id"] not in self._taken and self._may_try(job["id"])]
+                ready = free[0] if free else None
                 if ready is None:
                     self._news.wait(IDLE_SECONDS)
                     continue
@@ -133,11 +136,8 @@ class Worker:
             finally:
                 self._taken.discard(ready["id"])
 
-    def _is_ready(self, job_id: str, only_small: bool) -> bool:
-        if job_id in self._taken or not self._may_try(job_id):
-            return False
-        files = self.store.job_dir(job_id).glob("*.jsonl")
-        return not only_small or sum(path.stat().st_size for path in files) <= SMALL_BYTES
+    def _is_small(self, job_id: str) -> bool:
+        return sum(path.stat().st_size for path in self.store.job_dir(job_id).glob("*.jsonl")) <= SMALL_BYTES
 
     def _handle_safely(self, handle: Callable[[Document], None], job: Document) -> None:
         try:
@@ -155,20 +155,19 @@ class Worker:
 
     def _hinder(self, job_id: str, error: Exception) -> None:
         """Let the job wait, longer each time, for what is in its way; say what that is when it is new."""
-        if isinstance(error, (JobWaits, ModelUnavailable)):
+        if isinstance(error, (JobWaits, ModelOutOfReach)):
             reason = str(error)
         else:
             reason = explain(error).detail
             log.error("%s waits: %s", job_id, reason, exc_info=error)
-        before = self._hindrances.get(job_id)
-        tries = before.tries + 1 if before else 1
-        told = before is not None and before.told and before.reason == reason
-        if not told:
+        before = self._hindrances.get(job_id, Hindrance())
+        told = before.told
+        if told != reason:
             with contextlib.suppress(Exception):  # the database may be what is in the way: then at the next try
                 add_event(self.store, job_id, f"The job waits and is tried again: {reason}", level="warn")
-                told = True
-        until = time.monotonic() + min(MAX_WAIT_SECONDS, 2 ** (tries - 1))
-        self._hindrances[job_id] = Hindrance(reason, tries, until, told)
+                told = reason
+        until = time.monotonic() + min(MAX_WAIT_SECONDS, 2**before.tries)
+        self._hindrances[job_id] = Hindrance(before.tries + 1, until, told)
 
     # Validation
 
@@ -191,17 +190,14 @@ class Worker:
     def _train_job(self, job: Document) -> None:
         directory = self.store.job_dir(job["id"])
         reports = Reports(self.store, job["id"], directory)
-        reports.read()  # what its trainer reported while no server was there comes first
-        if self._take_outcome(reports):  # it had even finished
+        if self._take_outcome(reports):  # its trainer has ended while no server was there
             return
-        if (directory / "job.json").exists() and (other := trainer_of(directory)):
+        if other := trainer_of(directory):
             stop_processes([other])
         try:
             weights = self.models.weights(job["_base"])
-        except ModelOutOfReach:
-            raise
         except ModelUnavailable as error:
-            raise JobFailed("model_not_available", str(error), "model") from None
+            raise job_failed(error) from None  # a ModelOutOfReach comes as it is: the job waits
         with self.store.transaction():
             if self._status(job["id"]) not in ("queued", "running"):
                 return  # cancelled or paused meanwhile
@@ -284,9 +280,9 @@ class Worker:
     def _take_outcome(self, reports: Reports) -> bool:
         """Record the trainer's last word, if it has spoken it."""
         outcome = reports.outcome()
+        reports.read()  # all that came before the last word is in the file by now
         if outcome is None:
             return False
-        reports.read()
         if outcome["status"] == "succeeded":
             reports.record_success(outcome)
         else:

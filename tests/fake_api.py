@@ -21,7 +21,6 @@ Scripting it, before or during a run:
               "malformed"                    carried out, answered 200 with JSON that does not parse
               "html"                         carried out, answered 200 with a web page, as a proxy would
               "truncated"                    carried out, and the body ends in its middle
-              "cut stream"                   a streamed chat completion that just ends: no finish_reason, no [DONE]
               "drop stream"                  a streamed chat completion whose connection breaks in its middle
     api.answer = lambda model, messages: "text"     what chat completions say (default: an echo of the last message)
     api.finish_reason = "stop"                      how every answer ends; None: the server never says
@@ -117,7 +116,6 @@ class FakeAPI:
         self.file_plan: list[str | None] = ["processed"]
         self.features = {"events", "checkpoints", "results", "fine_tuned_model", "base64 results"}
         self.echo_key = False
-        self.check_key = True
         self.after: Callable[[Request], None] = lambda request: None
         self.counter = 0
         self.lock = threading.RLock()
@@ -305,7 +303,7 @@ class FakeAPI:
                 )
             if kind.isdigit():
                 raise HTTPError(int(kind), how.get("message", f"Scripted error {kind}."), how.get("code"))
-            if self.check_key and request.headers.get("authorization") != f"Bearer {self.key}":
+            if request.headers.get("authorization") != f"Bearer {self.key}":
                 raise HTTPError(401, "Incorrect API key provided.", "invalid_api_key")
             with self.lock:
                 answer = self.route(request)
@@ -549,7 +547,7 @@ class FakeAPI:
             )
 
         words = re.findall(r"\S+\s*|\s+", text)
-        if kind in ("cut stream", "drop stream", "truncated", "malformed"):
+        if kind in ("drop stream", "truncated", "malformed"):
             words = words[: max(1, len(words) // 2)]
         piece({"role": "assistant", "content": ""})
         for word in words:
@@ -559,9 +557,8 @@ class FakeAPI:
             write('{"choices": [')
         if kind in ("drop stream", "truncated"):
             return self.drop(http)
-        if kind != "cut stream":
-            piece({}, self.finish_reason)
-            if usage:
-                write(json.dumps({**head, "object": "chat.completion.chunk", "choices": [], "usage": usage}))
-            write("[DONE]")
+        piece({}, self.finish_reason)
+        if usage:
+            write(json.dumps({**head, "object": "chat.completion.chunk", "choices": [], "usage": usage}))
+        write("[DONE]")
         http.wfile.write(b"0\r\n\r\n")

