@@ -179,9 +179,9 @@ def test_the_real_base_model_answers_and_is_fine_tuned(base_model, tmp_path):
             return reply.choices[0].message.content
 
         assert "Paris" in answer("smollm2-135m-instruct", "What is the capital of France?")
-        rows = sorted((ROOT / "training_data.jsonl").read_bytes().splitlines(keepends=True), key=len)[:12]
+        rows = sorted((ROOT / "training_data.jsonl").read_bytes().splitlines(keepends=True), key=len)[:10]
         file = client.files.create(file=("training_data.jsonl", b"".join(rows)), purpose="fine-tune")
-        hyperparameters = {"n_epochs": 1, "batch_size": 1}
+        hyperparameters = {"n_epochs": 2, "batch_size": 2}
         job = client.fine_tuning.jobs.create(
             model="smollm2-135m-instruct",
             training_file=file.id,
@@ -194,7 +194,7 @@ def test_the_real_base_model_answers_and_is_fine_tuned(base_model, tmp_path):
         assert job.status == "succeeded", job
         events = client.fine_tuning.jobs.list_events(job.id, limit=100).data
         losses = [event.data["train_loss"] for event in reversed(events) if event.type == "metrics"]
-        assert len(losses) == 12 and sum(losses[-3:]) < 0.9 * sum(losses[:3])
+        assert len(losses) == 10 and sum(losses[5:]) < 0.9 * sum(losses[:5]), "the second epoch has the same rows"
         assert job.fine_tuned_model.startswith("ft:smollm2-135m-instruct:local::")
         assert answer(job.fine_tuned_model, "How do I change my photo?")
     finally:
