@@ -36,7 +36,7 @@ RETRIES = 75  # of a request without an answer: ten minutes, as the SDK waits 8 
 OVERFIT = 1.02  # a validation loss of more than this many times its lowest value has risen
 
 
-# --- The same in the four scripts that talk to a server (tests/test_scripts.py holds it) ---
+# --- The same in the four scripts that talk to a server (a test keeps it the same) ---
 def connect(**options) -> openai.OpenAI:
     """Return a client of the server that .env or the environment names."""
     load_dotenv()
@@ -53,7 +53,7 @@ def explain(error: Exception) -> str:
         return f"No answer from {host}. Is it running? (Local API: python -m local_api)"
     said, code = str(error), getattr(error, "status_code", "nonsense")
     if isinstance(body := getattr(error, "body", None), dict):
-        said = str(body.get("message"))
+        said = str(body.get("message") or said)
     said = said.replace(key, "[key]") if len(key) > 8 else said  # "local" is no secret
     cures: dict = {401: "check OPENAI_API_KEY", 404: "check name and URL", 429: "see your limits"}
     return f"{host} answered {code}: {said} ({cures.get(code, 'mend that, or try again')})"
@@ -82,7 +82,7 @@ def check_status(job_id: str) -> str:
 
 def wait_for_training(job_id: str) -> str | None:
     """Show what is new until a job has ended and return its model; SystemExit if it has failed."""
-    client, shown = connect(), -1
+    client, tenth_shown = connect(), -1
     events: list = []
     while True:
         try:
@@ -90,10 +90,10 @@ def wait_for_training(job_id: str) -> str | None:
             job = client.fine_tuning.jobs.retrieve(job_id)
             fresh = new_events(client, job_id, events)
         except (openai.APIConnectionError, openai.InternalServerError) as error:
-            if not events or client.max_retries == RETRIES:  # no contact yet, or none any more
+            if not events or client.max_retries == RETRIES:  # no contact ever, or not in 10 min
                 raise
             say(f"{explain(error)} Asking again for ten minutes.")
-            client = connect(max_retries=RETRIES)
+            client = connect(max_retries=RETRIES)  # the SDK itself repeats the request
             continue
         for event in fresh:
             line = f"{time.strftime('%H:%M:%S', time.localtime(event.created_at))}  {event.message}"
@@ -102,11 +102,11 @@ def wait_for_training(job_id: str) -> str | None:
                 continue
             # A step. A terminal shows one line that moves, a log one for each tenth of the way.
             tenth = 10 * event.data["step"] // event.data.get("total_steps", 10)
-            if sys.stdout.isatty() or tenth > shown:
+            if sys.stdout.isatty() or tenth > tenth_shown:
                 minutes = ((job.estimated_finish or 0) - time.time()) / 60
                 line += f"  {minutes:.0f} min left" if minutes > 1 else ""
                 say(line[:78], moves=True)
-                shown = tenth
+                tenth_shown = tenth
         if ended(job):
             say("")
             show(client, job, events)
@@ -121,7 +121,7 @@ def say(line: str, moves: bool = False) -> None:
 
 
 def new_events(client, job_id: str, events: list) -> list:
-    """Return the events that are not among these, oldest first, and add them to these."""
+    """Fetch the events that `events` has not, add them to it, and return them, oldest first."""
     seen = {event.id for event in events}
     fresh: list = []
     try:
@@ -146,11 +146,11 @@ def ended(job) -> str | None:
 
 
 def show(client, job, events: list) -> None:
-    """Print what is known of the job, one fact a line, and what comes of it."""
+    """Print what is known of the job; then record its model and name the next step."""
     facts = {"Job ID": job.id, "Status": ended(job) or job.status, "Model": job.model}
-    if events and not ended(job):
-        facts["Latest event"] = events[-1].message
-    facts["Hyperparameters"] = ", ".join(f"{key} {n}" for key, n in job.hyperparameters or ())
+    facts["Latest event"] = events[-1].message if events and not ended(job) else ""
+    # Looping over an object of the SDK gives pairs of name and value.
+    facts["Hyperparameters"] = ", ".join(f"{name} {n}" for name, n in job.hyperparameters or ())
     if job.trained_tokens:
         free = " (free)" if read_job(job.id).get("estimated_cost") == 0 else ""
         facts["Trained tokens"] = f"{job.trained_tokens:,}{free}"
@@ -179,7 +179,7 @@ def sparkline(values: list[float]) -> str:
     """Return "2.950 █▆▄▃▂▁ 0.926": the first value, the curve in up to 40 places, the last."""
     if not values:
         return ""
-    share = (len(values) - 1) // 40 + 1  # of the values: a place shows their mean
+    share = (len(values) - 1) // 40 + 1  # how many values one place stands for: their mean
     means = [fmean(values[start : start + share]) for start in range(0, len(values), share)]
     low, spread = min(means), max(means) - min(means)
     bars = ["▁▂▃▄▅▆▇█"[round((mean - low) / (spread or 1) * 7)] for mean in means]
@@ -188,8 +188,8 @@ def sparkline(values: list[float]) -> str:
 
 def conclude(client, job) -> None:
     """Record the model and print the next command; SystemExit if the job has made none."""
-    record, latest = read_job(job.id), read_job().get("job_id") == job.id
-    named = "" if latest else f" {job.id}"  # steps 3 to 5 take the latest job by themselves
+    record, is_latest = read_job(job.id), read_job().get("job_id") == job.id
+    named = "" if is_latest else f" {job.id}"  # steps 3 to 5 take the latest job by themselves
     if not ended(job):
         return print(f"\nNext: python check_fine_tune_status.py{named} --wait")
     if ended(job) != "succeeded":
@@ -201,7 +201,7 @@ def conclude(client, job) -> None:
         sys.exit(f"\nJob {ended(job)}: {said.rstrip('.')}. Next: python {step}")
     best = show_checkpoints(client, job)
     if record and job.fine_tuned_model:
-        path = Path("fine_tune_job.json" if latest else f"fine_tune_jobs/{job.id}.json")
+        path = Path("fine_tune_job.json" if is_latest else f"fine_tune_jobs/{job.id}.json")
         path.write_text(json.dumps({**record, "fine_tuned_model": job.fine_tuned_model}, indent=2))
     if str(job.fine_tuned_model).startswith("ft:"):  # OpenAI, local API: it answers at once
         return print(f"\nNext: python use_fine_tuned_model.py{best or named}")
@@ -220,7 +220,7 @@ def show_checkpoints(client, job) -> str:
     for checkpoint in sorted(checkpoints, key=lambda checkpoint: checkpoint.step_number):
         metrics, model = [dict(checkpoint.metrics)], checkpoint.fine_tuned_model_checkpoint
         line = f"  step {checkpoint.step_number:<5}"
-        for loss in curve(metrics, "train_loss"):
+        for loss in curve(metrics, "train_loss"):  # one, or none
             line += f"  train_loss {loss:.3f}"
         for loss in curve(metrics, "full_valid_loss", "valid_loss"):
             line += f"  valid_loss {loss:.3f}"
@@ -242,7 +242,7 @@ def check(args: argparse.Namespace) -> None:
     if args.cancel:
         job = connect().fine_tuning.jobs.cancel(args.cancel)
         return print(f"Job {job.id}: {ended(job) or job.status}")
-    if args.list and args.json:
+    if args.json:
         return print(json.dumps(list_jobs(), indent=2))
     if args.list:
         for row in list_jobs():
@@ -251,7 +251,7 @@ def check(args: argparse.Namespace) -> None:
     job_id = args.job_id or read_job().get("job_id")
     if not job_id:
         sys.exit("No fine_tune_job.json is here: run python fine_tune.py, name a job, or --list.")
-    (wait_for_training if args.wait else check_status)(job_id)
+    wait_for_training(job_id) if args.wait else check_status(job_id)
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -259,7 +259,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("job_id", nargs="?", help="default: the job in fine_tune_job.json")
     parser.add_argument("--wait", action="store_true", help="follow the job to its end")
     parser.add_argument("--list", action="store_true", help="show the newest jobs")
-    parser.add_argument("--json", action="store_true", help="with --list: as JSON")
+    parser.add_argument("--json", action="store_true", help="show them as JSON")
     parser.add_argument("--cancel", metavar="JOB_ID", help="cancel a job")
     return parser
 

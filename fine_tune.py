@@ -12,8 +12,6 @@ Omits   waiting for the training (step 3); methods other than supervised fine-tu
 The same command again, even after a kill, reports the latest job if it is the same one.
 """
 
-from __future__ import annotations
-
 try:
     import argparse
     import hashlib
@@ -31,16 +29,16 @@ except KeyboardInterrupt:  # the imports take half a second
     raise SystemExit(130) from None
 
 TRAINING_FILE = "training_data.jsonl"
-DEFAULT_MODEL = "gpt-4.1-mini-2025-04-14"  # the cheapest that OpenAI fine-tunes, until 2027-01-06
+DEFAULT_MODEL = "gpt-4.1-mini-2025-04-14"  # OpenAI takes jobs until 2027-01-06
 MAX_COST = 5.00  # USD, by step 1's estimate
 FILE_WAIT = 60  # seconds; some servers never call a file processed, and train on it all the same
-REQUEST_TIMEOUT, ORDER_WAIT = 60, 120  # seconds: for an order; until one without a job is void
+REQUEST_TIMEOUT, ORDER_WAIT = 60, 120  # seconds: for one request; until a lost one made no job
 DEAD = {"failed", "error", "user_error", "failed_validation"}  # on various servers, and:
 DEAD |= {"cancelled", "canceled", "terminated"}
-RECORD, ORDER = Path("fine_tune_job.json"), Path("fine_tune_order.json")  # sent, not answered
+RECORD, ORDER = Path("fine_tune_job.json"), Path("fine_tune_order.json")  # ORDER: not answered yet
 
 
-# --- The same in the four scripts that talk to a server (tests/test_scripts.py holds it) ---
+# --- The same in the four scripts that talk to a server (a test keeps it the same) ---
 def connect(**options) -> openai.OpenAI:
     """Return a client of the server that .env or the environment names."""
     load_dotenv()
@@ -57,7 +55,7 @@ def explain(error: Exception) -> str:
         return f"No answer from {host}. Is it running? (Local API: python -m local_api)"
     said, code = str(error), getattr(error, "status_code", "nonsense")
     if isinstance(body := getattr(error, "body", None), dict):
-        said = str(body.get("message"))
+        said = str(body.get("message") or said)
     said = said.replace(key, "[key]") if len(key) > 8 else said  # "local" is no secret
     cures: dict = {401: "check OPENAI_API_KEY", 404: "check name and URL", 429: "see your limits"}
     return f"{host} answered {code}: {said} ({cures.get(code, 'mend that, or try again')})"
@@ -83,7 +81,7 @@ def start_fine_tuning(training_file=TRAINING_FILE, max_cost=MAX_COST, force=Fals
     Raises openai.APIError, OSError; SystemExit with a sentence for the reader.
     """
     client, extra = connect(), dict(options.get("extra") or {})
-    hyperparameters = extra.pop("hyperparameters", {})  # the server chooses what is left out
+    hyperparameters = extra.pop("hyperparameters", None) or {}  # left out: the server chooses
     if options.get("n_epochs"):
         hyperparameters["n_epochs"] = options["n_epochs"]
     validation_file = options.get("validation_file")
@@ -101,7 +99,7 @@ def start_fine_tuning(training_file=TRAINING_FILE, max_cost=MAX_COST, force=Fals
     # Two runs with the same fingerprint want the same job.
     order["fingerprint"] = hashlib.sha256(json.dumps(order).encode()).hexdigest()
     order |= {"training_file_path": training_file, "force": force}
-
+    # In turn: a job whose answer was lost, the recorded job, a new one.
     job = unanswered_job(client, order) or (None if force else recorded_job(client, order))
     if job:
         print("This job exists already: same bytes, options, server. (--force orders another.)")
@@ -134,9 +132,12 @@ def read_report(order: dict, max_cost: float) -> dict:
         return {"system_prompt": None, "estimated_cost": None}
     counts = f"{report['examples']:,} examples, {report['tokens']:,} tokens ({report['counted']})"
     print(f"Data:  {counts}, warnings: {report['warnings']}")
-    epochs = order["hyperparameters"].get("n_epochs", report["epochs"])
-    price, words, cost = report["price_per_million_tokens"], "not known", None
-    if price is not None and report["model"] == order["model"]:
+    epochs = order["hyperparameters"].get("n_epochs", "auto")
+    epochs = report["epochs"] if epochs == "auto" else epochs
+    same = (report["model"], report.get("server")) == (order["model"], order["server"])
+    price, cost = report["price_per_million_tokens"] if same else None, None
+    words = "not known" if same else "not known (step 1 was run for another model or server)"
+    if price is not None:
         cost = report["tokens"] * epochs * price / 1e6  # every pass over the data is paid for
         words = f"about ${cost:.2f}" if cost else "free (local API)"
     print(f"Cost:  {words}, for {epochs} epochs of {order['model']}")
@@ -167,11 +168,11 @@ def create_job(client: openai.OpenAI, order: dict):
             json.dump(order, file, indent=2)
     except FileExistsError:
         sys.exit(f"Another run is at work here ({ORDER}). Run this again to see its job.")
-    if read_job().get("created_at", 0) > order["started_at"]:
+    if read_job().get("created_at", 0) > order["started_at"]:  # made while this run uploaded
         ORDER.unlink()
         sys.exit("Another run has just made a job here. Run this again to see it.")
     names = ("model", "training_file", "validation_file", "suffix", "seed", "hyperparameters")
-    request = {name: order[name] for name in names if order.get(name)}
+    request = {name: order[name] for name in names if order.get(name) not in (None, {}, "")}
     once = client.with_options(max_retries=0, timeout=REQUEST_TIMEOUT)  # else the SDK repeats it
     try:
         job = once.fine_tuning.jobs.create(**request, extra_body=order["extra"])
@@ -179,12 +180,12 @@ def create_job(client: openai.OpenAI, order: dict):
         if error.status_code < 500 and error.status_code not in (408, 409, 429):
             ORDER.unlink()  # refused, so nothing was made
         raise
-    record(job.id, order)
+    write_record(job.id, order)
     return job
 
 
 def unanswered_job(client: openai.OpenAI, wanted: dict):
-    """Return the job of an order that has had no answer; None if there is none or it is another."""
+    """Look on the server for the job of an order without an answer; None: none, or not this one."""
     while ORDER.exists():
         order = json.loads(ORDER.read_text("utf-8") or "{}")
         wait = order.get("sent_at", 0) + ORDER_WAIT - time.time()
@@ -192,7 +193,7 @@ def unanswered_job(client: openai.OpenAI, wanted: dict):
         print(f"{ORDER} has had no answer; looking for its job on the server.")
         for job in client.fine_tuning.jobs.list(limit=100).data:  # the newest first
             if job.training_file == order.get("training_file"):
-                record(job.id, order)
+                write_record(job.id, order)
                 return job if ours else None
         if wait > 0:
             print(f"  There is none. It may still come for {wait:.0f} s; waiting.")
@@ -218,10 +219,9 @@ def recorded_job(client: openai.OpenAI, order: dict):
         print(f"Job {job.id} is {job.status}; ordering another.")
     except openai.NotFoundError:
         print(f"Job {latest['job_id']} or its model was deleted; ordering another.")
-    return None
 
 
-def record(job_id: str, order: dict) -> None:
+def write_record(job_id: str, order: dict) -> None:
     """Write fine_tune_job.json; the record of an earlier job moves to fine_tune_jobs/."""
     earlier = read_job()
     if earlier and earlier["job_id"] != job_id:
@@ -239,11 +239,11 @@ class FineTuner:  # for other code
 
     def monitor_progress(self, job_id: str) -> str | None:
         """Wait for the end of a job and return its fine-tuned model, None if it made none."""
-        while True:
-            job = connect().fine_tuning.jobs.retrieve(job_id)
-            if job.fine_tuned_model or str(job.status).lower() in DEAD:
-                return job.fine_tuned_model
+        job = connect().fine_tuning.jobs.retrieve(job_id)
+        while not job.finished_at:  # null while it runs
             time.sleep(5)
+            job = connect().fine_tuning.jobs.retrieve(job_id)
+        return job.fine_tuned_model
 
 
 def build_parser() -> argparse.ArgumentParser:

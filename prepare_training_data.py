@@ -42,7 +42,7 @@ SYSTEM_PROMPT = (
     "customers with their account, billing, features and bugs. Be friendly, accurate and brief."
 )
 DEFAULT_INPUT, DEFAULT_OUTPUT = "examples/techflow_support/qa_pairs.json", "training_data.jsonl"
-DEFAULT_MODEL = "gpt-4.1-mini-2025-04-14"
+DEFAULT_MODEL, OPENAI = "gpt-4.1-mini-2025-04-14", "https://api.openai.com/v1"
 # USD per 1M training tokens: https://developers.openai.com/api/docs/pricing
 PRICES_DATE, PRICES = "2026-07", {"gpt-4.1-2025-04-14": 25.00, "gpt-4.1-mini-2025-04-14": 5.00}
 PRICES |= {"gpt-4o-2024-08-06": 25.00, "gpt-4o-mini-2024-07-18": 3.00}
@@ -53,7 +53,7 @@ TOKEN_LIMIT = 65_536  # of one example
 class Row:
     """A record on its way into the training file; line 0 stands for the file as a whole."""
 
-    text = not_ascii = prompt = answer = last_role = ""
+    text = foreign = prompt = answer = last_role = ""
     is_sound, is_given, is_trained, has_tools, tokens = True, False, False, False, 0
 
     def __init__(self, file: str, line: int):
@@ -83,11 +83,11 @@ def read(path: str):
     if "\ufffd" in text:
         line = text.count("\n", 0, text.index("\ufffd")) + 1
         sys.exit(f"{path}:{line}: this is no UTF-8: save it so (a table in Excel as CSV UTF-8).")
-    return read_json(path, text) if text.lstrip()[0] in "[{" else read_table(path, text.lstrip())
+    return read_json(path, text) if text.lstrip()[0] in "[{" else read_table(path, text.strip("\n"))
 
 
 def read_json(path: str, text: str):
-    """Go from record to record: those of a list, one on each line, or printed over many."""
+    """Read one value after another, and skip the commas and brackets between: a list, or lines."""
     decoder, next_record = json.JSONDecoder(), re.compile(r"[^\s,\[\]]")
     line, counted, end, length = 1, 0, 0, len(text)
     while found := next_record.search(text, end, length):
@@ -97,10 +97,10 @@ def read_json(path: str, text: str):
             record, end = decoder.raw_decode(text, start)
         except (ValueError, RecursionError) as error:
             sys.exit(f"{path}:{line}: error: invalid-json: {error}: mend it there, and run again.")
-        name = list_within(record) if end == length else ""
-        if name:  # {"faqs": [...]}: go on inside of the list
+        name = list_within(record) if line == 1 and end == length else ""
+        if name:  # {"faqs": [...]}: go on inside of the list, whose name may be written in \u codes
             print(f"{path}: the records are those in `{name}`; what is beside it is left out.")
-            end = text.index("[", text.index(f'"{name}"', start))
+            end = text.index("[", max(text.find(f'"{name}"'), text.find(json.dumps(name))))
             length = decoder.raw_decode(text, end)[1]
         else:
             yield line, record
@@ -122,9 +122,10 @@ def read_table(path: str, text: str):
     line = 2
     try:
         for record in table:
-            beyond = "".join(record.pop(None, []))  # fields that have no name in the header
-            if beyond or any(record.values()):
-                yield line, beyond or record
+            if not any(record.get(None, [])):  # fields that have no name in the header
+                record.pop(None, None)
+            if any(record.values()):
+                yield line, record
             line = table.line_num + 1
     except csv.Error as error:
         cure = "close the quote that opens there; a quote inside a text is written twice"
@@ -151,24 +152,24 @@ def to_example(row: Row, original, columns: dict[str, str], system: str) -> None
     """Make row.example of a record, or tell why it stands for nothing."""
     if not isinstance(original, dict):
         return row.fault("not-an-object", 'a record is {"question": "...", "answer": "..."}')
+    if None in original:
+        return row.fault("invalid-csv", "a field too many: put a text that has commas in quotes")
     record = {}
     for name, value in original.items():
         plain = name.strip().lower()
         record[columns.get(plain, plain)] = value
     is_rated = str(record.get("label")).lower() in ("true", "false")
     if is_rated or record.keys() & {"chosen", "preferred_output"}:
-        cure = "this is data for another method: keep the good answers (docs/your_data.md)"
-        return row.fault("unknown-shape", cure)
+        return row.fault("unknown-shape", "this is data for another method: docs/your_data.md")
     shape = find_shape(record)
-    if not shape or len(record) < len(original):
+    if not shape or len(record) < len(original):  # no names that we know, or one of them twice
         found = ", ".join(f"`{name}`" for name in original)[:80]
         cure = "--columns question=NAME,answer=NAME, or another way in docs/your_data.md"
         return row.fault("unknown-shape", f"found {found}: say which they are: {cure}")
-    messages, *answer = [record.pop(name) for name in shape]
+    texts = [record.pop(name) for name in shape]  # a question and its answer; or messages alone
     if "instruction" in shape and record.get("input"):  # Alpaca: what the instruction is for
-        messages = f"{messages}\n\n{record.pop('input')}"
-    if answer:
-        messages = turns(messages, *answer)
+        texts[0] = f"{texts[0]}\n\n{record.pop('input')}"
+    messages = turns(*texts) if len(texts) == 2 else texts[0]
     if not isinstance(messages, list) or not messages:
         return row.fault("missing-messages", "there is no list of `messages`: write one")
     if isinstance(record.get("history"), list):
@@ -213,7 +214,7 @@ def to_message(row: Row, raw) -> dict:
 # --- Rules: the kind of a fault, what finds it in a row, the cure; the first error is told
 WARNINGS = {"last-not-assistant", "short-answer", "placeholder-answer", "html", "mojibake"}
 WARNINGS |= {"not-in-training", "tutorial-prompt", "common-mark", "few-examples"}
-WARNINGS |= {"not-looked-into", "duplicate", "conflicting-answer"}  # other kinds: not written
+WARNINGS |= {"not-looked-into", "duplicate", "conflicting-answer"}  # all others are errors
 NO_ANSWERS = {"nan", "none", "null", "#n/a", "n/a", "tbd", "todo"}
 CONTROL = r"<\|(?:(?:start|end)of\w+|fim_\w+|im_\w+)\|>"
 SECRET = (  # a key of OpenAI and others, AWS, Google, GitHub, Hugging Face or Slack; a private key
@@ -223,6 +224,7 @@ SECRET = (  # a key of OpenAI and others, AWS, Google, GitHub, Hugging Face or S
 # Each has one of these in it. To look for them first is many times faster.
 SECRET_MARKS = ["sk-", "AKIA", "AIza", "ghp_", "github_pat_", "hf_", "xox", "PRIVATE KEY"]
 HTML = r"&(?:amp|[lg]t|quot|nbsp|#\d+);|</?(?:p|br|div|span|b|i|em|ul|li|a)(?: [^<>]*=[^<>]*)?/?>"
+END_MARK = r"(?:\s*(?:#+|[-=]+>|END|STOP))?\s*\Z"  # of the formats of older models
 MOJIBAKE, SURROGATE = r"â€.|[ÃÂ][\x80-\xbf]", r"[\ud800-\udfff]"  # "Itâ€™s", "schÃ¶n"
 RULES = [
     ("no-user-message", lambda row: not row.said["user"], "there is no question: add it"),
@@ -232,13 +234,13 @@ RULES = [
     ("nothing-trained", lambda row: not row.is_trained, "each answer has weight 0: take one off"),
     ("control-token", lambda row: re.search(CONTROL, row.text), "the API rejects <|...|>: cut it"),
     ("secret", lambda row: has_secret(row.text), "there is a key: take it out, and revoke it"),
-    ("blank-run", lambda row: re.search(r"\s{100000}", row.text), "too many blanks in a row"),
-    ("lone-surrogate", lambda row: re.search(SURROGATE, row.not_ascii), "half a character"),
+    ("blank-run", lambda row: re.search(r"\s{100000}", row.text), "100,000 blanks: cut them out"),
+    ("lone-surrogate", lambda row: re.search(SURROGATE, row.foreign), "a cut-off emoji: mend it"),
     ("last-not-assistant", lambda row: row.last_role != "assistant", "the end teaches nothing"),
     ("placeholder-answer", lambda row: row.answer in NO_ANSWERS, "it stands for no answer"),
     ("short-answer", lambda row: len(row.answer) < SHORT_ANSWER, "the model will be as brief"),
     ("html", lambda row: re.search(HTML, row.text), "the model will write such marks too"),
-    ("mojibake", lambda row: re.search(MOJIBAKE, row.not_ascii), "it was read in a wrong encoding"),
+    ("mojibake", lambda row: re.search(MOJIBAKE, row.foreign), "it was read in a wrong encoding"),
 ]
 
 
@@ -258,32 +260,30 @@ def judge(row: Row) -> None:
             return row.fault("unknown-role", "write user or assistant as the `role`")
         if not isinstance(text, str) or not isinstance(message.get("name", ""), str):
             return row.fault("invalid-content", "a message has text as `content`, or `tool_calls`")
-        if repr(weight) not in "01" or ("weight" in message and role != "assistant"):
+        if repr(weight) not in ("0", "1") or ("weight" in message and role != "assistant"):
             return row.fault("invalid-weight", "`weight` is 0 or 1, and only of answers")
         row.texts.append(text)
         row.said[role].append(text.strip())
         row.is_trained |= role == "assistant" and weight == 1
         row.last_role = role
     row.text = "\n".join(row.texts)
-    row.not_ascii = "" if row.text.isascii() else row.text
+    row.foreign = "" if row.text.isascii() else row.text
     row.prompt = "\n".join(row.texts[:-1]).strip().lower()  # with the system message
     row.answer = "".join(row.texts[-1:]).strip().lower()
     for kind, is_broken, cure in RULES:
         if row.is_sound and is_broken(row):
             row.fault(kind, cure)
-    row.text = row.not_ascii = ""  # these were copies, which large files have no room for
+    row.text = row.foreign = ""  # these were copies, which large files have no room for
 
 
 def judge_file(file: Row, rows: list[Row]) -> None:
     """Tell the faults of the training file as a whole."""
-    if len(rows) < MIN_EXAMPLES:
-        file.fault("too-few-examples", f"{len(rows)} sound rows: training takes {MIN_EXAMPLES}")
-    elif len(rows) < ADVISED_EXAMPLES:
+    if MIN_EXAMPLES <= len(rows) < ADVISED_EXAMPLES:
         file.fault("few-examples", f"{len(rows)} examples: {ADVISED_EXAMPLES} or more are better")
-    start, end = (r"\A\s+", slice(20)), (r"\s*(?:#+|[-=]+>|END|STOP)\s*\Z|\s+\Z", slice(-20, None))
     for name, at in (("prompt", -2), ("answer", -1)):
-        for form, part in (start, end):
-            marks = {"".join(re.findall(form, row.texts[at][part])) for row in rows}
+        beginnings = {re.findall(r"\A\s*", row.texts[at][:20])[0] for row in rows}
+        ends = {re.findall(END_MARK, row.texts[at][-20:])[0] for row in rows}
+        for marks in (beginnings, ends):
             if len(marks) == 1 and marks != {""}:
                 file.fault("common-mark", f"each {name} has {marks.pop()!r}: take it out")
     lost = Counter(name for row in rows for name, value in row.left_out.items() if value)
@@ -340,9 +340,7 @@ class TrainingDataPreparator:
 
     def prepare_data(self, inputs, output, columns=None, hold_out=0.0, show_all=False) -> dict:
         """Read, judge, compare and write; return what the report file holds.
-
-        columns: {name in the data: name of a shape}; hold_out: the share for test cases.
-        """
+        columns: {name in the data: name of a shape}; hold_out: the share for test cases."""
         rows, file = [], Row(output, 0)
         for path in inputs:
             for line, record in read(path):
@@ -355,8 +353,9 @@ class TrainingDataPreparator:
         if given and "TechFlow" in self.system and "techflow" not in inputs[0]:
             file.fault("tutorial-prompt", "it makes TechFlow's assistant: give your own, --system")
         tell([*rows, file], show_all)
-        if not file.is_sound:
-            sys.exit(f"Nothing was written: {len(training)} sound examples are too few.")
+        if len(training) < MIN_EXAMPLES:
+            found = f"{len(training)} sound ones of {MIN_EXAMPLES} or more"
+            sys.exit(f"{output}: error: too-few-examples: {found}; nothing was written.")
         outcome = save_to_jsonl([row.example for row in training], output)
         report = self.report([*rows, file], training, given)
         print(f"{output}: {outcome}")
@@ -368,19 +367,18 @@ class TrainingDataPreparator:
 
     def compare(self, rows: list[Row], hold_out: float) -> tuple[list[Row], list[Row]]:
         """Tell which rows repeat or contradict others, or are too long; part off test cases."""
-        training, tests, seen, asked = [], [], {}, {}  # type: ignore[var-annotated]
+        training, tests, seen, prompts = [], [], {}, {}  # type: ignore[var-annotated]
         blocks = [rows[start : start + 50] for start in range(0, len(rows), 50)]
-        with ThreadPoolExecutor(os.cpu_count()) as pool:  # tiktoken encodes on all cores
-            list(pool.map(self.count_rows, blocks))
+        list(ThreadPoolExecutor(os.cpu_count()).map(self.count_rows, blocks))  # on all cores
         for row in rows:
-            same = seen.setdefault(tuple(row.texts), row)
-            first, number = asked.setdefault(row.prompt, (row, len(asked)))
+            same = seen.setdefault(tuple(row.texts), row)  # the first row with these texts
+            first, number = prompts.setdefault(row.prompt, (row, len(prompts)))
             if row.tokens > TOKEN_LIMIT:
                 row.fault("too-many-tokens", f"{row.tokens:,}: the end would be cut off")
             elif same is not row:
                 row.fault("duplicate", f"the same as {same.file}:{same.line}: left out")
             elif int((number + 1) * hold_out) > int(number * hold_out):
-                tests.append(row)  # evenly spread; rows with one prompt go the same way
+                tests.append(row)  # 0.2: prompts 5, 10, ...; rows with one prompt stay together
             else:
                 training.append(row)
             if same is row and first.answer != row.answer:
@@ -388,13 +386,13 @@ class TrainingDataPreparator:
         return training, tests
 
     def report(self, rows: list[Row], training: list[Row], given: int) -> dict:
-        """Print what was found, and keep what step 2 has to know of exactly these bytes."""
-        path, server = Path(rows[-1].file), os.environ.get("OPENAI_BASE_URL") or "api.openai.com"
+        """Print what was found, and keep it for step 2; the last of `rows` is the whole file."""
+        path, server = Path(rows[-1].file), os.environ.get("OPENAI_BASE_URL") or OPENAI
         tokens, epochs = sum(row.tokens for row in training), auto_epochs(len(training))
         price, cost, words = None, None, "not known"
         if re.match(r"https?://(localhost|127\.|\[::1\])", server):
             price, cost, words = 0.0, 0.0, "free, on the local API"
-        elif "api.openai.com" in server and self.model in PRICES:
+        elif server == OPENAI and self.model in PRICES:
             price = PRICES[self.model]
             cost = tokens * epochs * price / 1e6
             words = f"${cost:,.2f} (${price:.2f} per 1M tokens, {PRICES_DATE})"
@@ -402,8 +400,8 @@ class TrainingDataPreparator:
         if "TechFlow" in self.system:
             whose = f'TechFlow\'s, of this tutorial (--system "..." for yours), in {given:,} rows'
         kinds = [kind for row in rows for kind, _ in row.faults]
-        warnings = sum(kind in WARNINGS for kind in kinds)
-        bad = sum(not row.is_sound for row in rows)
+        errors = sum(kind not in WARNINGS for kind in kinds)
+        warnings, bad = len(kinds) - errors, sum(not row.is_sound for row in rows)
         print(f"Records          {len(rows) - 1:,}: {len(rows) - 1 - bad:,} valid, {bad:,} invalid")
         for name, count in Counter(name for row in rows for name in row.left_out).items():
             print(f"Left out         {name or 'a column without a name'} ({count:,} rows)")
@@ -412,13 +410,14 @@ class TrainingDataPreparator:
         print(f"Tokens           {tokens:,} ({self.counted})")
         print(f"  billed         {tokens * epochs:,} ({epochs} epochs, as `auto` chooses)")
         print(f"Estimated cost   {words}")
-        print(f"Problems         errors {len(kinds) - warnings:,}, warnings {warnings:,}")
+        print(f"Problems         errors {errors:,}, warnings {warnings:,}")
         first = training[0].example["messages"][0]
         has_one = all(row.example["messages"][0] == first for row in training)
-        report: dict = {"file": str(path), "model": self.model, "errors": len(kinds) - warnings}
-        report |= {"sha256": hashlib.sha256(path.read_bytes()).hexdigest(), "warnings": warnings}
-        report |= {"examples": len(training), "tokens": tokens, "counted": self.counted}
-        report |= {"epochs": epochs, "price_per_million_tokens": price, "estimated_cost": cost}
+        report: dict = {"file": str(path), "model": self.model, "server": server.rstrip("/")}
+        report |= {"sha256": hashlib.sha256(path.read_bytes()).hexdigest(), "tokens": tokens}
+        report |= {"examples": len(training), "errors": errors, "warnings": warnings}
+        report |= {"counted": self.counted, "epochs": epochs, "estimated_cost": cost}
+        report["price_per_million_tokens"] = price
         is_system = has_one and first["role"] in ("system", "developer")
         report["system_prompt"] = first["content"] if is_system else None
         path.with_suffix(".report.json").write_text(json.dumps(report, indent=2), "utf-8")
@@ -472,7 +471,8 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None) -> None:
     args = build_parser().parse_intermixed_args(argv)
-    columns = {own: name for name, own in re.findall("([^=,]+)=([^=,]+)", args.columns.lower())}
+    pairs = re.findall(r"(\w+) *= *([^=,]*[^=, ])", args.columns.lower())
+    columns = {own: name for name, own in pairs}
     inputs = args.inputs or [str(Path(__file__).parent / DEFAULT_INPUT)]
     try:
         step = TrainingDataPreparator(args.model, args.system)

@@ -18,7 +18,7 @@ try:
     import re
     import sys
     from concurrent.futures import ThreadPoolExecutor
-    from difflib import get_close_matches
+    from difflib import get_close_matches as close
     from pathlib import Path
     from threading import Lock
 
@@ -45,11 +45,11 @@ CHECKS: dict[str, tuple] = {
 }
 NO_ANSWER = {"text": "", "finish_reason": None, "error": None}
 UNFINISHED = {"length": "was cut off at max_tokens", "content_filter": "was cut by a filter"}
-SIDES, SHARE = ("base", "fine_tuned"), "{passed} of {cases} {pass_rate:>5.0%}"
-OUTCOMES = ("broken", "fixed", "still failing", "still passing")
+SIDES = ("base", "fine_tuned")
+OUTCOMES = {(1, 0): "broken", (0, 1): "fixed", (0, 0): "still failing", (1, 1): "still passing"}
 
 
-# --- The same in the four scripts that talk to a server (tests/test_scripts.py holds it) ---
+# --- The same in the four scripts that talk to a server (a test keeps it the same) ---
 def connect(**options) -> openai.OpenAI:
     """Return a client of the server that .env or the environment names."""
     load_dotenv()
@@ -66,7 +66,7 @@ def explain(error: Exception) -> str:
         return f"No answer from {host}. Is it running? (Local API: python -m local_api)"
     said, code = str(error), getattr(error, "status_code", "nonsense")
     if isinstance(body := getattr(error, "body", None), dict):
-        said = str(body.get("message"))
+        said = str(body.get("message") or said)
     said = said.replace(key, "[key]") if len(key) > 8 else said  # "local" is no secret
     cures: dict = {401: "check OPENAI_API_KEY", 404: "check name and URL", 429: "see your limits"}
     return f"{host} answered {code}: {said} ({cures.get(code, 'mend that, or try again')})"
@@ -93,13 +93,13 @@ def read_cases(path: Path) -> tuple[list[dict], list[dict]]:
     try:
         text = path.read_text("utf-8-sig").strip()
         if path.suffix == ".jsonl":  # read as one list, so that an error names its line
-            text = "[" + text.replace("\n", ",\n") + "]"
+            text = "[" + re.sub(r"\n(?=\S)", ",\n", text) + "]"
         rows = json.loads(text)
     except (OSError, ValueError) as error:
         sys.exit(f"{path} cannot be read ({error}). Name a file of test cases with --cases.")
     shared = rows if isinstance(rows, dict) else {"cases": rows}
     cases, unknown, unchecked = [], set(), 0
-    for number, row in enumerate(shared["cases"], 1):
+    for number, row in enumerate(shared.get("cases", [rows]), 1):  # an object alone is one case
         try:
             case = read_case(row, shared, f"case-{number}")
             graded = grade(case, {**NO_ANSWER, "text": case["expected"] or ""})
@@ -112,7 +112,7 @@ def read_cases(path: Path) -> tuple[list[dict], list[dict]]:
         unknown |= row.keys() - CASE_KEYS
         cases.append(case)
     if unknown:
-        print(f"Left out, for no case has such a key: {', '.join(sorted(unknown))}")
+        print(f"Ignored, because no test case uses such a key: {', '.join(sorted(unknown))}")
     if unchecked:
         print(f'{unchecked} cases pass only word for word: add "checks" to judge them by more.')
     return cases, shared.get("criteria", [])
@@ -155,7 +155,7 @@ class ModelTester:
         results = []
         for case, base_answer, answer in zip(cases, base_answers, answers, strict=True):
             base, tuned = grade(case, base_answer), grade(case, answer)
-            outcome = OUTCOMES[2 * (base["passed"] == tuned["passed"]) + tuned["passed"]]
+            outcome = OUTCOMES[base["passed"], tuned["passed"]]  # True counts as 1
             texts = {"generated": tuned.pop("text"), "base_generated": base.pop("text")}
             results.append({**case, **texts, "outcome": outcome, "fine_tuned": tuned, "base": base})
         return results
@@ -171,7 +171,7 @@ class ModelTester:
         local = re.match(r"https?://(localhost|127\.)", str(self.client.base_url))
         pool = ThreadPoolExecutor(AT_ONCE_LOCALLY if local else AT_ONCE)
         answers = list(pool.map(lambda case: self.ask(model, case), cases))
-        asked = len(self.answers) - before
+        asked = len(self.answers) - before + sum(answer["error"] is not None for answer in answers)
         print(f"  {len(cases) - asked} answers from {JOURNAL}, {asked} asked")
         return answers
 
@@ -221,8 +221,8 @@ def grade(case: dict, answer: dict) -> dict:
     checks = apply_checks(case["checks"], text)
     problems = [answer["error"], UNFINISHED.get(answer["finish_reason"])]
     said, expected = text.casefold().split(), (case["expected"] or "").casefold().split()
-    earlier, like = [t["content"].casefold().split() for t in case["history"]], get_close_matches
-    if like(said, earlier, 1, 0.85) and not like(expected, earlier, 1, 0.85):  # of the words
+    earlier = [turn["content"].casefold().split() for turn in case["history"]]
+    if close(said, earlier, 1, 0.85) and not close(expected, earlier, 1, 0.85):  # 85 % of the words
         problems.append("repeats an earlier turn")
     if not checks and said != expected:  # as written, but for blanks and capitals: -5 is not 5
         problems.append("is not the expected answer, word for word")
@@ -263,7 +263,7 @@ def measure(results: list[dict]) -> dict:
 
 def summarise(results: list[dict], criteria: list[dict]) -> dict:
     """Return the summary of test_results.json: the verdict, and the figures behind it."""
-    outcomes: dict[str, list] = {name: [] for name in OUTCOMES}
+    outcomes: dict[str, list] = {name: [] for name in OUTCOMES.values()}
     categories: dict[str, list] = {}
     for result in results:
         outcomes[result["outcome"]].append(result["id"])
@@ -299,7 +299,7 @@ def print_report(summary: dict, results: list[dict]) -> None:
     other = "other model" if summary["base_model"].startswith("ft:") else "base model"
     print(f"\n{'passed':<16}{other:>20}{'fine-tuned':>20}")
     for name, of in {**summary["categories"], "all": summary}.items():
-        base, tuned = (SHARE.format(**of[side]) for side in SIDES)
+        base, tuned = ("{passed} of {cases} {pass_rate:>5.0%}".format(**of[side]) for side in SIDES)
         print(f"{name:<16}{base:>20}{tuned:>20}")
     base, tuned = ("{:.0%} to {:.0%}".format(*summary[side]["interval"]) for side in SIDES)
     print(f"{'95% interval':<16}{base:>20}{tuned:>20}\n")
@@ -308,13 +308,13 @@ def print_report(summary: dict, results: list[dict]) -> None:
             print(f"Broken: {r['id']}: {r['question']:.60}\n    {r['fine_tuned']['problem']:.75}")
     print(f"Verdict: {summary['verdict']}. {summary['sentence']}\n")
     for of in summary["criteria"]:
-        met, asked = ("✗ not met", "✓ met    ")[of["met"]], f"asked: {of['min_pass_rate']:.0%}"
+        met, asked = "✓ met    " if of["met"] else "✗ not met", f"asked: {of['min_pass_rate']:.0%}"
         print(f"  {met}  {of['name']:<36}{of['passed']:>3} of {of['cases']} ({asked})")
 
 
 def evaluate(args: argparse.Namespace) -> None:
     """Compare the two models, write what came of it, and say what to do next."""
-    job = read_job((args.model or "").split(":ckpt-step-")[0] or None)  # that of a checkpoint
+    job = read_job(args.model.split(":ckpt-step-")[0] if args.model else None)  # a checkpoint's job
     model, base_model = args.model, args.base_model or job.get("model")
     if model in (None, job.get("job_id")):
         model = job.get("fine_tuned_model")

@@ -25,14 +25,14 @@ except KeyboardInterrupt:  # the imports take half a second
     raise SystemExit(130) from None
 
 SAMPLING = {"temperature": 0.0, "max_tokens": 400}  # as in step 5; 0.0: always the likeliest word
-ENDINGS = {  # what the API's finish_reason means, where it is not "stop": the answer is whole
+ENDINGS = {  # of finish_reason: "stop" says that the answer is whole, and the others:
     "length": "The answer is cut off: it is as long as max_tokens allows (see SAMPLING).",
     "content_filter": "The server's content filter stopped the answer here.",
     None: "The server did not say why the answer ended; it may be incomplete.",
 }
 
 
-# --- The same in the four scripts that talk to a server (tests/test_scripts.py holds it) ---
+# --- The same in the four scripts that talk to a server (a test keeps it the same) ---
 def connect(**options) -> openai.OpenAI:
     """Return a client of the server that .env or the environment names."""
     load_dotenv()
@@ -49,7 +49,7 @@ def explain(error: Exception) -> str:
         return f"No answer from {host}. Is it running? (Local API: python -m local_api)"
     said, code = str(error), getattr(error, "status_code", "nonsense")
     if isinstance(body := getattr(error, "body", None), dict):
-        said = str(body.get("message"))
+        said = str(body.get("message") or said)
     said = said.replace(key, "[key]") if len(key) > 8 else said  # "local" is no secret
     cures: dict = {401: "check OPENAI_API_KEY", 404: "check name and URL", 429: "see your limits"}
     return f"{host} answered {code}: {said} ({cures.get(code, 'mend that, or try again')})"
@@ -77,8 +77,8 @@ def ask(client, model, system, question, history=(), show=True) -> str:
     answer, ending = "", None
     try:
         for chunk in chunks:
-            for choice in chunk.choices:  # one; none in a chunk that tells other things
-                text = choice.delta.content or choice.delta.refusal or ""  # why it will not answer
+            for choice in chunk.choices:  # one; none in a chunk that only brings figures
+                text = choice.delta.content or choice.delta.refusal or ""  # refusal: why it won't
                 answer += text
                 ending = choice.finish_reason or ending
                 print(text if show else "", end="", flush=True)
@@ -110,22 +110,22 @@ def compare_models(prompt, system_prompt=None, model=None) -> dict[str, str]:
     if not record:
         sys.exit(f"No record names the base model of {fine_tuned_model}: ask each by its name.")
     answers = {}
-    for role, name in (("base", record["model"]), ("fine_tuned", fine_tuned_model)):
-        print(f"--- {role}: {name}")
-        answers[role] = ask(connect(), name, system_prompt or record["system_prompt"], prompt)
+    for side, name in (("base", record["model"]), ("fine_tuned", fine_tuned_model)):
+        print(f"--- {side}: {name}")
+        answers[side] = ask(connect(), name, system_prompt or record["system_prompt"], prompt)
     return answers
 
 
 def create_fine_tuned_handler(model=None, system_prompt=None):
     """Return handler(question, history=()) -> answer, for a program of your own; `history` holds
     the turns before, as {"role": "user" or "assistant", "content": str}."""
-    client, (name, record) = connect(), find_model(model)
-    system = system_prompt or record.get("system_prompt")
+    name, record = find_model(model)
+    client, system = connect(), system_prompt or record.get("system_prompt")
     return lambda question, history=(): ask(client, name, system, question, history, show=False)
 
 
 def find_model(name: str | None) -> tuple[str, dict]:
-    """Return the model that is named, by itself or by its job, and the job's record, {}: none."""
+    """Return (model, record of its job, or {}); name: a model, a job id, or None: the latest."""
     # A checkpoint, the model after an earlier epoch, is called MODEL:ckpt-step-N.
     record = read_job(name.split(":ckpt-step-")[0] if name else None)
     if name and not name.startswith("ftjob-"):

@@ -316,7 +316,7 @@ class FakeAPI:
             if self.echo_key:
                 message += f" (key: {request.headers.get('authorization', '').removeprefix('Bearer ')})"
             body = {"error": {"message": message, "type": "invalid_request_error", "param": None, "code": error.code}}
-            return self.send(http, error.status, json.dumps(body).encode(), headers=error.headers)
+            return self.send(http, error.status, json.dumps(how.get("body", body)).encode(), headers=error.headers)
         request.answered = kind or "200"
         if kind == "drop after":
             return self.drop(http)

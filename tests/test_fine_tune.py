@@ -50,6 +50,7 @@ def write_report(**fields) -> None:
         "sha256": sha256(Path("training_data.jsonl").read_bytes()).hexdigest(),
         **{"model": MODEL, "examples": 12, "tokens": 400_000, "counted": "exact", "epochs": 3, "warnings": 0},
         **{"price_per_million_tokens": 5.0, "system_prompt": "You are helpful."},
+        "server": os.environ["OPENAI_BASE_URL"].rstrip("/"),
     }
     Path("training_data.report.json").write_text(json.dumps({**report, **fields}), encoding="utf-8")
 
@@ -183,7 +184,12 @@ def test_max_cost_stops_before_anything_is_sent(api, capsys):
     [
         ({"price_per_million_tokens": 0.0}, "free (local API)"),
         ({"price_per_million_tokens": None}, "not known"),
-        ({"model": "another"}, "not known"),
+        ({"model": "another"}, "not known (step 1 was run for another model or server)"),
+        # For a local server training is free; the order goes to another one since.
+        (
+            {"server": "http://127.0.0.1:8321/v1", "price_per_million_tokens": 0.0},
+            "not known (step 1 was run for another model or server)",
+        ),
     ],
 )
 def test_costs_that_are_none(api, capsys, fields, words):
@@ -191,6 +197,19 @@ def test_costs_that_are_none(api, capsys, fields, words):
     assert run() == 0
     assert f"Cost:  {words}, for 3 epochs" in capsys.readouterr().out
     assert record()["system_prompt"] == "You are helpful."
+
+
+def test_epochs_that_the_server_chooses_cost_what_step_1_says(api, capsys):
+    write_report()
+    assert run("--extra", '{"hyperparameters": {"n_epochs": "auto"}}', "--max-cost", "6") == 0
+    assert "Cost:  about $6.00, for 3 epochs" in capsys.readouterr().out
+    sent = next(request.body for request in api.requests if request.name == "POST /fine_tuning/jobs")
+    assert sent["hyperparameters"] == {"n_epochs": "auto"}
+
+
+def test_seed_0_is_a_seed(api):
+    assert run("--seed", "0") == 0
+    assert next(request.body for request in api.requests if request.name == "POST /fine_tuning/jobs")["seed"] == 0
 
 
 def test_a_report_of_other_bytes_is_not_used(api, capsys):

@@ -539,7 +539,7 @@ def test_a_row_with_too_many_fields_is_an_error_of_its_own(capsys):
     text = table("in.csv", "question,answer", rows=60)
     Path(text).write_text(Path(text).read_text("utf-8") + "Why?,because, as I said\nHow?\n", encoding="utf-8")
     code, _, err = run(capsys, "in.csv")
-    assert code == 0 and "in.csv:62: error: not-an-object: " in err and "in.csv:63: error: empty-answer" in err
+    assert code == 0 and "in.csv:62: error: invalid-csv: " in err and "in.csv:63: error: empty-answer" in err
 
 
 @pytest.mark.parametrize(
@@ -551,9 +551,38 @@ def test_the_strict_judge_accepts_what_step_1_writes(capsys, record):
     assert faults == []
 
 
+def test_an_index_without_a_name_in_front_of_a_table_is_left_out(capsys):
+    """pandas' to_csv(sep="\\t") writes one: the header begins with the delimiter."""
+    text = Path(table("in.csv", "question\tanswer", rows=12, delimiter="\t")).read_text("utf-8")
+    Path("in.tsv").write_text("".join(f"{n or ''}\t{line}\n" for n, line in enumerate(text.splitlines())), "utf-8")
+    code, out, _ = run(capsys, "in.tsv")
+    assert code == 0 and "12 valid" in out and "Left out         a column without a name (12 rows)" in out
+
+
+def test_columns_may_have_blanks_around_their_names(capsys):
+    jsonl("in.jsonl", [{"Meine Frage": row["question"], "A": row["answer"]} for row in map(qa, range(10))])
+    code, out, _ = run(capsys, "in.jsonl", "--columns", "question=Meine Frage, answer = A")
+    assert code == 0 and "10 valid" in out
+
+
+def test_a_list_of_messages_under_another_name_is_no_list_of_records(capsys):
+    rows = [{"dialog": [{"role": "user", "content": qa(n)["question"]}, {"role": "assistant", "content": ANSWER}]}
+            for n in range(10)]  # fmt: skip
+    jsonl("in.jsonl", rows)
+    code, out, _ = run(capsys, "in.jsonl", "--columns", "messages=dialog")
+    assert code == 0 and "Records          10: 10 valid" in out and "the records are those" not in out
+
+
+def test_a_list_of_records_whose_name_is_written_in_codes_is_found(capsys):
+    Path("in.json").write_text(json.dumps({"häufige Fragen": [qa(n) for n in range(10)]}), encoding="utf-8")
+    assert "\\u00e4" in Path("in.json").read_text("utf-8")
+    code, out, _ = run(capsys, "in.json")
+    assert code == 0 and "the records are those in `häufige Fragen`" in out and "10 valid" in out
+
+
 def test_too_few_rows_are_not_written(capsys):
     code, _, err = run(capsys, jsonl("in.jsonl", map(qa, range(9))))
-    assert code == 1 and "too-few-examples" in err and "Nothing was written: 9 sound examples" in err
+    assert code == 1 and err.endswith("too-few-examples: 9 sound ones of 10 or more; nothing was written.\n")
     assert [path.name for path in Path().iterdir()] == ["in.jsonl"]
     assert "few-examples" in run(capsys, jsonl("in.jsonl", map(qa, range(10))))[2]
 

@@ -367,7 +367,7 @@ def test_chat_rows_as_cases(api, capsys):
 def test_keys_that_no_case_has_are_named(api, capsys):
     cases({"question": "q", "answer": "a", "Checks": {"contains": "x"}, "source": 1})
     run()
-    assert "no case has such a key: Checks, source" in capsys.readouterr().out
+    assert "Ignored, because no test case uses such a key: Checks, source" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -375,10 +375,11 @@ def test_keys_that_no_case_has_are_named(api, capsys):
     [
         ("faq.csv", "question,answer\nq,a\n", "is a table: python prepare_training_data.py faq.csv --hold-out"),
         ("cases.json", "[\n{'a'}]", "line 2"),
-        ("cases.jsonl", '{"question": "q", "answer": "a"}\n{"question": "q"\n', "line 2"),
+        ("cases.jsonl", '{"question": "q", "answer": "a"}\n\n{"question": "q"\n', "line 3"),
         ("cases.json", b"\xff\xfe", "cannot be read"),
         ("cases.json", [{"question": "q"}], "case-1 itself"),
         ("cases.json", [{"answer": "a"}], "case 1 cannot be read"),
+        ("cases.json", '{"faqs": [{"question": "q", "answer": "a"}]}', "case 1 cannot be read"),
         ("cases.json", [{"question": "q", "answer": "a"}, 3], "case 2 cannot be read"),
         ("cases.json", [{"question": "q", "answer": "a", "checks": {"contain": "a"}}], "'contain'"),
         ("cases.json", [{"question": "q", "answer": "a", "checks": {"matches": "(("}}], "case 1 cannot be read"),
@@ -506,6 +507,7 @@ def test_a_failed_call_is_a_failed_case_and_stdout_says_why_once(api, capsys):
     assert summary["verdict"] == "incomplete" and summary["failed_calls"] == 3 and summary["cases"] == 12
     out = capsys.readouterr().out
     assert out.count("This one is refused.") == 1 and "3 calls failed" in out
+    assert "  0 answers from test_answers.jsonl, 12 asked" in out
     before = len(asked(api))
     assert run()[0]["verdict"] == "better" and len(asked(api)) == before + 3
 

@@ -113,6 +113,13 @@ def test_what_the_server_refuses_is_explained_without_the_key(api, model):
     assert api.key not in sentence
 
 
+def test_an_error_in_another_form_is_shown_as_it_came(api):
+    """As of a server whose errors have no `message`, which a URL without /v1 meets."""
+    api.fault("POST /chat/completions", "404", body={"detail": "Not Found"})
+    sentence = refused("ft:gone", "Hi")
+    assert "answered 404: Error code: 404" in sentence and "None" not in sentence
+
+
 # the system prompt
 
 
