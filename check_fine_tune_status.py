@@ -1,7 +1,7 @@
 """Step 3: look at the fine-tuning job, or follow it to its end, and see what it has learned.
 
 Needs   the job that fine_tune.py has recorded in fine_tune_job.json, and the server that runs it.
-Leaves  the name of the fine-tuned model in that record, once there is one.
+Leaves  the names of the fine-tuned model and its checkpoints in that record, once there are any.
 Omits   pausing a job; a picture of the loss (extras/plot_loss.py); deleting (extras/clean_up.py).
 
     python check_fine_tune_status.py --wait                   # until the job has ended
@@ -24,7 +24,6 @@ except ModuleNotFoundError as missing:
     sys.exit(f"{missing.name} is missing: activate .venv, or pip install -r requirements.txt")
 except KeyboardInterrupt:  # the imports take half a second
     raise SystemExit(130) from None
-
 
 # The words for a job's end, on all servers that are known. Any other word means: it goes on.
 ENDED = {
@@ -60,11 +59,11 @@ def explain(error: Exception) -> str:
 
 
 def read_job(name: str | None = None) -> dict:
-    """Return the record of the job with this id or model, by default of the latest; {}: none."""
-    earlier = sorted(Path("fine_tune_jobs").glob("*.json"))
-    for path in [Path("fine_tune_job.json"), *(earlier if name else [])]:
-        job = json.loads(path.read_text("utf-8")) if path.exists() else {}
-        if job and name in (None, job["job_id"], job["fine_tuned_model"]):
+    """Return the record of the job with this id or model, or of the latest job; {}: none."""
+    latest, earlier = Path().glob("fine_tune_job.json"), Path().glob("fine_tune_jobs/*.json")
+    for path in [*latest, *(sorted(earlier) if name else [])]:
+        job = json.loads(path.read_text("utf-8"))
+        if name in (None, job["job_id"], job["fine_tuned_model"], *job.get("checkpoints", [])):
             return job
     return {}
 
@@ -199,22 +198,23 @@ def conclude(client, job) -> None:
         if fault in ("training_file", "validation_file"):
             step = "prepare_training_data.py {0} -o {0}".format(record.get(f"{fault}_path", "FILE"))
         sys.exit(f"\nJob {ended(job)}: {said.rstrip('.')}. Next: python {step}")
-    best = show_checkpoints(client, job)
-    if record and job.fine_tuned_model:
+    best = show_checkpoints(client, job, record)
+    if "job_id" in record and job.fine_tuned_model:
         path = Path("fine_tune_job.json" if is_latest else f"fine_tune_jobs/{job.id}.json")
         path.write_text(json.dumps({**record, "fine_tuned_model": job.fine_tuned_model}, indent=2))
     if str(job.fine_tuned_model).startswith("ft:"):  # OpenAI, local API: it answers at once
         return print(f"\nNext: python use_fine_tuned_model.py{best or named}")
     print("\nThis server answers after you have deployed the model there (docs/providers.md).")
-    print('Next: python use_fine_tuned_model.py NAME_OF_THE_DEPLOYMENT "How do I ...?"')
+    print('Next: python use_fine_tuned_model.py NAME_OF_THE_DEPLOYMENT "..." --system "..."')
 
 
-def show_checkpoints(client, job) -> str:
+def show_checkpoints(client, job, record: dict) -> str:
     """Print the model after each epoch; return " MODEL", the best if later ones are over-fitted."""
     try:
         checkpoints = client.fine_tuning.jobs.checkpoints.list(job.id, limit=50).data
     except openai.NotFoundError:  # a server without checkpoints
         return ""
+    record["checkpoints"] = [one.fine_tuned_model_checkpoint for one in checkpoints]
     print("\nCheckpoints:")
     validated = []  # [(validation loss, step, model)]
     for checkpoint in sorted(checkpoints, key=lambda checkpoint: checkpoint.step_number):

@@ -62,11 +62,11 @@ def explain(error: Exception) -> str:
 
 
 def read_job(name: str | None = None) -> dict:
-    """Return the record of the job with this id or model, by default of the latest; {}: none."""
-    earlier = sorted(Path("fine_tune_jobs").glob("*.json"))
-    for path in [Path("fine_tune_job.json"), *(earlier if name else [])]:
-        job = json.loads(path.read_text("utf-8")) if path.exists() else {}
-        if job and name in (None, job["job_id"], job["fine_tuned_model"]):
+    """Return the record of the job with this id or model, or of the latest job; {}: none."""
+    latest, earlier = Path().glob("fine_tune_job.json"), Path().glob("fine_tune_jobs/*.json")
+    for path in [*latest, *(sorted(earlier) if name else [])]:
+        job = json.loads(path.read_text("utf-8"))
+        if name in (None, job["job_id"], job["fine_tuned_model"], *job.get("checkpoints", [])):
             return job
     return {}
 

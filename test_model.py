@@ -73,11 +73,11 @@ def explain(error: Exception) -> str:
 
 
 def read_job(name: str | None = None) -> dict:
-    """Return the record of the job with this id or model, by default of the latest; {}: none."""
-    earlier = sorted(Path("fine_tune_jobs").glob("*.json"))
-    for path in [Path("fine_tune_job.json"), *(earlier if name else [])]:
-        job = json.loads(path.read_text("utf-8")) if path.exists() else {}
-        if job and name in (None, job["job_id"], job["fine_tuned_model"]):
+    """Return the record of the job with this id or model, or of the latest job; {}: none."""
+    latest, earlier = Path().glob("fine_tune_job.json"), Path().glob("fine_tune_jobs/*.json")
+    for path in [*latest, *(sorted(earlier) if name else [])]:
+        job = json.loads(path.read_text("utf-8"))
+        if name in (None, job["job_id"], job["fine_tuned_model"], *job.get("checkpoints", [])):
             return job
     return {}
 
@@ -314,7 +314,7 @@ def print_report(summary: dict, results: list[dict]) -> None:
 
 def evaluate(args: argparse.Namespace) -> None:
     """Compare the two models, write what came of it, and say what to do next."""
-    job = read_job(args.model.split(":ckpt-step-")[0] if args.model else None)  # a checkpoint's job
+    job = read_job(args.model)
     model, base_model = args.model, args.base_model or job.get("model")
     if model in (None, job.get("job_id")):
         model = job.get("fine_tuned_model")

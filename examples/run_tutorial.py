@@ -157,7 +157,7 @@ def main() -> int:
         cancel_unfinished_jobs(base_url)
         for number, command in enumerate(STEPS, start=1):
             code = run_step(number, command, own_environment(base_url))
-            if code not in (0, 1) or (code == 1 and number < len(STEPS)):
+            if code:
                 print(f"\nStep {number} ended with exit code {code}; the lines above say why.", file=sys.stderr)
                 return code
     except KeyboardInterrupt:

@@ -256,7 +256,7 @@ class FakeAPI:
                     "fine_tuning_job_id": job_id,
                     "step_number": step,
                     "metrics": metrics,
-                    "fine_tuned_model_checkpoint": name if epoch == 3 else f"{name}:ckpt-step-{step}",
+                    "fine_tuned_model_checkpoint": name if epoch == 3 else f"{name}{step}:ckpt-step-{step}",
                 }
             )
         if "results" in self.features:

@@ -74,10 +74,11 @@ def test_a_job_that_succeeded_is_shown_and_its_model_recorded(api, capsys):
     out = capsys.readouterr().out
     model = f"ft:{BASE}:acme:bot:0001"
     assert f"Fine-tuned model: {model}\n" in out and "n_epochs 3" in out and "12,345 (free)" in out
-    assert f"  step 1      train_loss 2.500  {model}:ckpt-step-1\n" in out
+    assert f"  step 1      train_loss 2.500  {model}1:ckpt-step-1\n" in out
     assert out.endswith("\n\nNext: python use_fine_tuned_model.py\n")
     record = json.loads(Path("fine_tune_job.json").read_text("utf-8"))
     assert record["fine_tuned_model"] == model and record["system_prompt"] == "Sei freundlich. ü"
+    assert record["checkpoints"][::-1] == [f"{model}1:ckpt-step-1", f"{model}2:ckpt-step-2", model]
 
 
 def test_the_model_of_an_earlier_job_is_recorded_in_its_own_record(api, capsys):
@@ -167,7 +168,7 @@ def test_over_fitting_leads_to_the_best_checkpoint(api, capsys):
     script.main([job["id"]])
     out = capsys.readouterr().out
     assert "Over-fitting: validation loss rose from 0.500 (step 2) to 0.800." in out
-    assert out.endswith(f"Next: python use_fine_tuned_model.py ft:{BASE}:acme::0001:ckpt-step-2\n")
+    assert out.endswith(f"Next: python use_fine_tuned_model.py ft:{BASE}:acme::00012:ckpt-step-2\n")
 
 
 @pytest.mark.parametrize("losses", [(0.9, 0.8, 0.7), (0.9, 0.5, 0.505), (-1, -1, -1), (0.5, None, float("nan"))])

@@ -431,13 +431,20 @@ def test_no_job_and_no_model(api):
 def test_the_system_prompt_is_that_of_the_job_which_made_the_model(api, capsys):
     Path("fine_tune_jobs").mkdir()
     older = api.finish(api.add_job(model=BASE)["id"])["fine_tuned_model"]
-    record(api, "fine_tune_jobs/ftjob-0002.json", job_id="ftjob-0002", fine_tuned_model=older, system_prompt="Old.")
+    record(api, "fine_tune_jobs/ftjob-0002.json", job_id="ftjob-0002", fine_tuned_model=older, system_prompt="Old.",
+           checkpoints=["ft:another-id:ckpt-step-2", older])  # fmt: skip
+    api.add_model("ft:another-id:ckpt-step-2")
     cases(*numbered(1))
-    for model, prompt in ((TUNED, PROMPT), (older, "Old."), ("ftjob-0002", "Old.")):
+    for model, prompt in (
+        (TUNED, PROMPT),
+        (older, "Old."),
+        ("ftjob-0002", "Old."),
+        ("ft:another-id:ckpt-step-2", "Old."),
+    ):
         Path("test_answers.jsonl").unlink(missing_ok=True)
         run(model)
         assert asked(api)[-1]["messages"][0] == {"role": "system", "content": prompt}
-        assert asked(api)[-1]["model"] == (TUNED if prompt == PROMPT else older)
+        assert asked(api)[-1]["model"] == (older if model == "ftjob-0002" else model)
     assert "Warning" not in capsys.readouterr().out
 
 

@@ -127,11 +127,13 @@ def test_the_system_prompt_is_that_of_the_job_that_made_the_model(api, model, ca
     """An older model gets its own prompt, by name, by job and by checkpoint; an unknown one gets none."""
     older = api.finish(api.add_job(model=BASE)["id"])
     fine_tuned_model = older["fine_tuned_model"]
+    checkpoint = f"ft:{BASE}:acme::another-id:ckpt-step-2"
     write_record(
-        older, f"fine_tune_jobs/{older['id']}.json", fine_tuned_model=fine_tuned_model, system_prompt="Be brief."
-    )
-    api.add_model(f"{fine_tuned_model}:ckpt-step-2")
-    for name in (fine_tuned_model, older["id"], f"{fine_tuned_model}:ckpt-step-2"):
+        older, f"fine_tune_jobs/{older['id']}.json", fine_tuned_model=fine_tuned_model, system_prompt="Be brief.",
+        checkpoints=[checkpoint, fine_tuned_model],
+    )  # fmt: skip
+    api.add_model(checkpoint)
+    for name in (fine_tuned_model, older["id"], checkpoint):
         step4.main([name, "Hi there"])
         assert asked(api)[-1]["messages"][0] == {"role": "system", "content": "Be brief."}
         assert capsys.readouterr().err.endswith(f"Next: python test_model.py {name}\n")
