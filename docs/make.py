@@ -41,8 +41,8 @@ def commands_page() -> str:
     """Return docs/commands.md: each page's first line, and its options or, where it has next to none, its usage."""
     parts = [
         "# The commands\n",
-        "Every option of the five scripts and of `extras/`, made of the scripts (`make docs`). What a script needs,",
-        "leaves and omits, and how it is called, stands in its first lines.\n",
+        "Every option of the five scripts, and how those of `extras/` are called; made of the scripts (`make docs`).",
+        "What a script needs, leaves and omits stands in its first lines.\n",
         "Exit codes, everywhere: 0 done · 1 not, and the last line says why · 2 usage · 130 interrupted.",
     ]
     for name in PAGES:

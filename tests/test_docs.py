@@ -60,7 +60,6 @@ def test_readme_has_the_parts_of_the_guide_in_order():
         "Where it runs, and what it costs",
         "Troubleshooting",
         "For contributors",
-        "Key takeaways",
     ]
     assert len(README.splitlines()) <= 300
 
@@ -102,6 +101,12 @@ def test_readme_names_the_folders_and_the_scripts():
     assert {folder for folder in folders if f"`{folder}`" not in contributors} == set()
     pieces = README[README.index("## How the pieces fit") : README.index("## The lab")]
     assert all(f"{name}.py" in pieces for name in make.PAGES[:5])
+
+
+def test_the_map_of_the_local_api_names_each_module():
+    table = TEXTS["local_api/README.md"].split("## Map")[1].split("##")[0]
+    modules = {path.name for path in (ROOT / "local_api").glob("*.py")} - {"__init__.py"}
+    assert {name for name in modules if f"`{name}`" not in table} == set()
 
 
 # ---------------------------------------------------------------- commands, exit codes, sentences
@@ -280,7 +285,7 @@ def test_the_snippets_of_the_steps_run(tiny_api, tmp_path, monkeypatch, capsys):
 
 
 def test_the_dates_of_the_wind_down_stand_in_one_place():
-    row = re.search(r"\*\*OpenAI\*\* is closing.+?2027-01-14", README, flags=re.DOTALL)[0]
+    row = re.search(r"\*\*OpenAI\*\* is ending it.+?2027-01-14", README, flags=re.DOTALL)[0]
     for day in ("2026-05-07", "2026-07-02", "2027-01-06", "2027-01-14"):
         found = [name for name, text in TEXTS.items() if day in re.sub(r"^\| ….+$", "", text, flags=re.MULTILINE)]
         assert day in row and found == ["README.md"], day
@@ -314,7 +319,11 @@ def test_the_example_of_an_application_runs(tiny_api, monkeypatch, capsys):
     page = TEXTS["docs/deployment.md"]
     code = re.search(r"<!-- run by the tests -->\n```python\n(.+?)```", page, re.DOTALL)[1]
     assert datasets.SYSTEM_PROMPT in code
-    for name, value in {**tiny_api.settings("tiny"), "FINE_TUNED_MODEL": "ft:tiny:local::gone"}.items():
+    for name, value in {
+        **tiny_api.settings("tiny"),
+        "FINE_TUNED_MODEL": "ft:tiny:local::gone",
+        "FALLBACK_MODEL": "tiny",
+    }.items():
         monkeypatch.setenv(name, value)
     exec(code, {"__name__": "__main__"})
     first, *answer = capsys.readouterr().out.splitlines()
