@@ -97,7 +97,7 @@ def read_json(path: str, text: str):
             record, end = decoder.raw_decode(text, start)
         except (ValueError, RecursionError) as error:
             sys.exit(f"{path}:{line}: error: invalid-json: {error}: mend it there, and run again.")
-        name = list_within(record) if line == 1 and end == length else ""
+        name = list_within(record) if end == length and not text[:start].strip() else ""
         if name:  # {"faqs": [...]}: go on inside of the list, whose name may be written in \u codes
             print(f"{path}: the records are those in `{name}`; what is beside it is left out.")
             end = text.index("[", max(text.find(f'"{name}"'), text.find(json.dumps(name))))
@@ -392,7 +392,7 @@ class TrainingDataPreparator:
         price, cost, words = None, None, "not known"
         if re.match(r"https?://(localhost|127\.|\[::1\])", server):
             price, cost, words = 0.0, 0.0, "free, on the local API"
-        elif server == OPENAI and self.model in PRICES:
+        elif server.rstrip("/") == OPENAI and self.model in PRICES:
             price = PRICES[self.model]
             cost = tokens * epochs * price / 1e6
             words = f"${cost:,.2f} (${price:.2f} per 1M tokens, {PRICES_DATE})"

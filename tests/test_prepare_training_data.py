@@ -112,12 +112,16 @@ def test_the_report_file_is_of_exactly_these_bytes(capsys):
 @pytest.mark.parametrize(("server", "model", "price", "counted"), [
     ("http://127.0.0.1:8321/v1", "smollm2-135m-instruct", 0.0, "approximate"),
     ("https://api.example.com/v1", "gpt-4.1-2025-04-14", None, "exact"),
+    ("https://api.openai.com/v1/", "gpt-4o-mini-2024-07-18", 3.0, "exact"),
 ])  # fmt: skip
 def test_what_training_costs_depends_on_the_server(capsys, monkeypatch, server, model, price, counted):
     monkeypatch.setenv("OPENAI_BASE_URL", server)
     run(capsys, jsonl("in.jsonl", map(qa, range(60))), "--model", model)
     report = json.loads(Path("training_data.report.json").read_text("utf-8"))
-    assert (report["price_per_million_tokens"], report["estimated_cost"], report["counted"]) == (price, price, counted)
+    assert (report["price_per_million_tokens"], report["counted"]) == (price, counted)
+    assert report["server"] == server.rstrip("/") and report["estimated_cost"] == (
+        price and pytest.approx(report["tokens"] * 3 * price / 1e6)
+    )
 
 
 def test_without_a_vocabulary_counts_are_estimates(capsys, monkeypatch):
@@ -574,7 +578,7 @@ def test_a_list_of_messages_under_another_name_is_no_list_of_records(capsys):
 
 
 def test_a_list_of_records_whose_name_is_written_in_codes_is_found(capsys):
-    Path("in.json").write_text(json.dumps({"häufige Fragen": [qa(n) for n in range(10)]}), encoding="utf-8")
+    Path("in.json").write_text("\n" + json.dumps({"häufige Fragen": [qa(n) for n in range(10)]}), encoding="utf-8")
     assert "\\u00e4" in Path("in.json").read_text("utf-8")
     code, out, _ = run(capsys, "in.json")
     assert code == 0 and "the records are those in `häufige Fragen`" in out and "10 valid" in out
