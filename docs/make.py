@@ -20,6 +20,7 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from types import ModuleType
 
 DOCS = Path(__file__).resolve().parent
 RUN = DOCS / "run"
@@ -38,23 +39,26 @@ def page(name: str):
 
 
 def commands_page() -> str:
-    """Return docs/commands.md: each page's first line, and its options or, where it has next to none, its usage."""
+    """Return docs/commands.md: the options of the five scripts, and how each page of extras/ is called."""
     parts = [
         "# The commands\n",
         "Every option of the five scripts, and how those of `extras/` are called; made of the scripts (`make docs`).",
         "What a script needs, leaves and omits stands in its first lines.\n",
         "Exit codes, everywhere: 0 done · 1 not, and the last line says why · 2 usage · 130 interrupted.",
     ]
-    for name in PAGES:
+    for name in PAGES[:5]:
         module = page(name)
-        docstring = inspect.getdoc(module) or ""
-        parts.append(f"\n## {name}.py\n\n{docstring.splitlines()[0]}\n")
-        if hasattr(module, "build_parser"):
-            actions = module.build_parser()._actions[1:]  # the first is --help
-            parts += ["| argument | what it does |\n|---|---|", *map(option_row, actions)]
-        else:
-            parts += [line for line in docstring.splitlines() if line.startswith("    python")]
+        parts.append(f"\n## {name}.py\n\n{first_line(module)}\n\n| argument | what it does |\n|---|---|")
+        parts += map(option_row, module.build_parser()._actions[1:])  # the first is --help
+    parts.append("\n## extras/\n")
+    for name in PAGES[5:]:
+        usage = [line.split("#")[0].strip() for line in inspect.getdoc(page(name)).splitlines() if "    python" in line]
+        parts.append(f"- {first_line(page(name))} " + ", ".join(f"`{line}`" for line in usage))
     return "\n".join(parts) + "\n"
+
+
+def first_line(module: ModuleType) -> str:
+    return (inspect.getdoc(module) or "").splitlines()[0]
 
 
 def option_row(action: argparse.Action) -> str:
