@@ -209,7 +209,7 @@ def conclude(client, job) -> None:
 
 
 def show_checkpoints(client, job, record: dict) -> str:
-    """Print the model after each epoch; return " MODEL", the best if later ones are over-fitted."""
+    """Print and note the model after each epoch; return " MODEL", the best if not the last."""
     try:
         checkpoints = client.fine_tuning.jobs.checkpoints.list(job.id, limit=50).data
     except openai.NotFoundError:  # a server without checkpoints
@@ -242,7 +242,7 @@ def check(args: argparse.Namespace) -> None:
     if args.cancel:
         job = connect().fine_tuning.jobs.cancel(args.cancel)
         return print(f"Job {job.id}: {ended(job) or job.status}")
-    if args.json:
+    if args.list and args.json:
         return print(json.dumps(list_jobs(), indent=2))
     if args.list:
         for row in list_jobs():
@@ -259,7 +259,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("job_id", nargs="?", help="default: the job in fine_tune_job.json")
     parser.add_argument("--wait", action="store_true", help="follow the job to its end")
     parser.add_argument("--list", action="store_true", help="show the newest jobs")
-    parser.add_argument("--json", action="store_true", help="show them as JSON")
+    parser.add_argument("--json", action="store_true", help="with --list: as JSON")
     parser.add_argument("--cancel", metavar="JOB_ID", help="cancel a job")
     return parser
 

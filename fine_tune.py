@@ -134,7 +134,7 @@ def read_report(order: dict, max_cost: float) -> dict:
     print(f"Data:  {counts}, warnings: {report['warnings']}")
     epochs = order["hyperparameters"].get("n_epochs", "auto")
     epochs = report["epochs"] if epochs == "auto" else epochs
-    same = (report["model"], report.get("server")) == (order["model"], order["server"])
+    same = all(report.get(name, order[name]) == order[name] for name in ("model", "server"))
     price, cost = report["price_per_million_tokens"] if same else None, None
     words = "not known" if same else "not known (step 1 was run for another model or server)"
     if price is not None:
@@ -240,7 +240,7 @@ class FineTuner:  # for other code
     def monitor_progress(self, job_id: str) -> str | None:
         """Wait for the end of a job and return its fine-tuned model, None if it made none."""
         job = connect().fine_tuning.jobs.retrieve(job_id)
-        while not job.finished_at:  # null while it runs
+        while not (job.finished_at or job.fine_tuned_model or str(job.status).lower() in DEAD):
             time.sleep(5)
             job = connect().fine_tuning.jobs.retrieve(job_id)
         return job.fine_tuned_model

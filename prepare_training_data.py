@@ -53,7 +53,7 @@ TOKEN_LIMIT = 65_536  # of one example
 class Row:
     """A record on its way into the training file; line 0 stands for the file as a whole."""
 
-    text = foreign = prompt = answer = last_role = ""
+    text = not_ascii = prompt = answer = last_role = ""
     is_sound, is_given, is_trained, has_tools, tokens = True, False, False, False, 0
 
     def __init__(self, file: str, line: int):
@@ -96,11 +96,12 @@ def read_json(path: str, text: str):
         try:
             record, end = decoder.raw_decode(text, start)
         except (ValueError, RecursionError) as error:
+            line = getattr(error, "lineno", line)
             sys.exit(f"{path}:{line}: error: invalid-json: {error}: mend it there, and run again.")
         name = list_within(record) if end == length and not text[:start].strip() else ""
-        if name:  # {"faqs": [...]}: go on inside of the list, whose name may be written in \u codes
+        if name:  # {"faqs": [...]}: go on inside of the list
             print(f"{path}: the records are those in `{name}`; what is beside it is left out.")
-            end = text.index("[", max(text.find(f'"{name}"'), text.find(json.dumps(name))))
+            end = next(re.finditer(r'(?<!\\)"\s*:\s*(?=\[\s*{)', text)).end()
             length = decoder.raw_decode(text, end)[1]
         else:
             yield line, record
@@ -110,7 +111,7 @@ def list_within(record) -> str:
     """Return the name of the one list of objects in an object that is no record itself."""
     if not isinstance(record, dict) or find_shape(record):
         return ""
-    lists = [name for name, value in record.items() if str(value).startswith("[{")]
+    lists = [key for key, of in record.items() if not isinstance(of, str) and "[{" in str(of)]
     return lists[0] if len(lists) == 1 else ""
 
 
@@ -122,8 +123,7 @@ def read_table(path: str, text: str):
     line = 2
     try:
         for record in table:
-            if not any(record.get(None, [])):  # fields that have no name in the header
-                record.pop(None, None)
+            record = {name: of for name, of in record.items() if name is not None or any(of)}
             if any(record.values()):
                 yield line, record
             line = table.line_num + 1
@@ -152,8 +152,8 @@ def to_example(row: Row, original, columns: dict[str, str], system: str) -> None
     """Make row.example of a record, or tell why it stands for nothing."""
     if not isinstance(original, dict):
         return row.fault("not-an-object", 'a record is {"question": "...", "answer": "..."}')
-    if None in original:
-        return row.fault("invalid-csv", "a field too many: put a text that has commas in quotes")
+    if None in original:  # so csv calls what a row has beyond its header
+        return row.fault("invalid-csv", "a field too many: put texts with the delimiter in quotes")
     record = {}
     for name, value in original.items():
         plain = name.strip().lower()
@@ -235,12 +235,12 @@ RULES = [
     ("control-token", lambda row: re.search(CONTROL, row.text), "the API rejects <|...|>: cut it"),
     ("secret", lambda row: has_secret(row.text), "there is a key: take it out, and revoke it"),
     ("blank-run", lambda row: re.search(r"\s{100000}", row.text), "100,000 blanks: cut them out"),
-    ("lone-surrogate", lambda row: re.search(SURROGATE, row.foreign), "a cut-off emoji: mend it"),
+    ("lone-surrogate", lambda row: re.search(SURROGATE, row.not_ascii), "a cut-off emoji: mend it"),
     ("last-not-assistant", lambda row: row.last_role != "assistant", "the end teaches nothing"),
     ("placeholder-answer", lambda row: row.answer in NO_ANSWERS, "it stands for no answer"),
     ("short-answer", lambda row: len(row.answer) < SHORT_ANSWER, "the model will be as brief"),
     ("html", lambda row: re.search(HTML, row.text), "the model will write such marks too"),
-    ("mojibake", lambda row: re.search(MOJIBAKE, row.foreign), "it was read in a wrong encoding"),
+    ("mojibake", lambda row: re.search(MOJIBAKE, row.not_ascii), "it was read in a wrong encoding"),
 ]
 
 
@@ -267,13 +267,13 @@ def judge(row: Row) -> None:
         row.is_trained |= role == "assistant" and weight == 1
         row.last_role = role
     row.text = "\n".join(row.texts)
-    row.foreign = "" if row.text.isascii() else row.text
+    row.not_ascii = "" if row.text.isascii() else row.text
     row.prompt = "\n".join(row.texts[:-1]).strip().lower()  # with the system message
     row.answer = "".join(row.texts[-1:]).strip().lower()
     for kind, is_broken, cure in RULES:
         if row.is_sound and is_broken(row):
             row.fault(kind, cure)
-    row.text = row.foreign = ""  # these were copies, which large files have no room for
+    row.text = row.not_ascii = ""  # these were copies, which large files have no room for
 
 
 def judge_file(file: Row, rows: list[Row]) -> None:
@@ -354,8 +354,8 @@ class TrainingDataPreparator:
             file.fault("tutorial-prompt", "it makes TechFlow's assistant: give your own, --system")
         tell([*rows, file], show_all)
         if len(training) < MIN_EXAMPLES:
-            found = f"{len(training)} sound ones of {MIN_EXAMPLES} or more"
-            sys.exit(f"{output}: error: too-few-examples: {found}; nothing was written.")
+            few = f"{len(training)} to train on, and training takes {MIN_EXAMPLES}"
+            sys.exit(f"{output}: error: too-few-examples: {few}. Nothing was written.")
         outcome = save_to_jsonl([row.example for row in training], output)
         report = self.report([*rows, file], training, given)
         print(f"{output}: {outcome}")
@@ -392,7 +392,7 @@ class TrainingDataPreparator:
         price, cost, words = None, None, "not known"
         if re.match(r"https?://(localhost|127\.|\[::1\])", server):
             price, cost, words = 0.0, 0.0, "free, on the local API"
-        elif server.rstrip("/") == OPENAI and self.model in PRICES:
+        elif "api.openai.com" in server and self.model in PRICES:
             price = PRICES[self.model]
             cost = tokens * epochs * price / 1e6
             words = f"${cost:,.2f} (${price:.2f} per 1M tokens, {PRICES_DATE})"
@@ -411,15 +411,16 @@ class TrainingDataPreparator:
         print(f"  billed         {tokens * epochs:,} ({epochs} epochs, as `auto` chooses)")
         print(f"Estimated cost   {words}")
         print(f"Problems         errors {errors:,}, warnings {warnings:,}")
-        first = training[0].example["messages"][0]
-        has_one = all(row.example["messages"][0] == first for row in training)
+        firsts = [row.example["messages"][0] for row in training]
+        prompts = {str(one.get("content")).strip() for one in firsts}
+        is_text = all(isinstance(one.get("content"), str) for one in firsts)
+        is_system = is_text and all(one.get("role") in ("system", "developer") for one in firsts)
         report: dict = {"file": str(path), "model": self.model, "server": server.rstrip("/")}
         report |= {"sha256": hashlib.sha256(path.read_bytes()).hexdigest(), "tokens": tokens}
         report |= {"examples": len(training), "errors": errors, "warnings": warnings}
         report |= {"counted": self.counted, "epochs": epochs, "estimated_cost": cost}
         report["price_per_million_tokens"] = price
-        is_system = has_one and first["role"] in ("system", "developer")
-        report["system_prompt"] = first["content"] if is_system else None
+        report["system_prompt"] = prompts.pop() if is_system and len(prompts) == 1 else None
         path.with_suffix(".report.json").write_text(json.dumps(report, indent=2), "utf-8")
         return report
 
@@ -471,8 +472,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None) -> None:
     args = build_parser().parse_intermixed_args(argv)
-    pairs = re.findall(r"(\w+) *= *([^=,]*[^=, ])", args.columns.lower())
-    columns = {own: name for name, own in pairs}
+    columns = {own: name for name, own in re.findall(r"(\w+) *= *([^=,]+)", args.columns.lower())}
     inputs = args.inputs or [str(Path(__file__).parent / DEFAULT_INPUT)]
     try:
         step = TrainingDataPreparator(args.model, args.system)

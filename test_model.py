@@ -93,19 +93,19 @@ def read_cases(path: Path) -> tuple[list[dict], list[dict]]:
     try:
         text = path.read_text("utf-8-sig").strip()
         if path.suffix == ".jsonl":  # read as one list, so that an error names its line
-            text = "[" + re.sub(r"\n(?=\S)", ",\n", text) + "]"
+            text = "[" + re.sub(r"\n(?=[ \t]*\S)", ",\n", text) + "]"
         rows = json.loads(text)
     except (OSError, ValueError) as error:
         sys.exit(f"{path} cannot be read ({error}). Name a file of test cases with --cases.")
-    shared = rows if isinstance(rows, dict) else {"cases": rows}
+    shared = rows if "cases" in rows else {"cases": rows}
     cases, unknown, unchecked = [], set(), 0
-    for number, row in enumerate(shared.get("cases", [rows]), 1):  # an object alone is one case
+    for number, row in enumerate(shared["cases"], 1):
         try:
             case = read_case(row, shared, f"case-{number}")
             graded = grade(case, {**NO_ANSWER, "text": case["expected"] or ""})
         except (AttributeError, IndexError, KeyError, TypeError, re.error) as error:
             known = f"{', '.join(sorted(CASE_KEYS))}; checks: {', '.join(CHECKS)}"
-            sys.exit(f"{path}: case {number} cannot be read ({error!r}). Keys: {known}.")
+            sys.exit(f"{path}: case {number} cannot be read ({error!r}). `cases` have: {known}.")
         if graded["problem"] and (case["expected"] or not graded["checks"]):
             sys.exit(f"{path}: the expected answer of {case['id']} itself {graded['problem']}.")
         unchecked += not graded["checks"]

@@ -153,7 +153,7 @@ def use(args: argparse.Namespace) -> None:
     # A model is ft:..., ftjob-..., or any name that stands before a question in quotes.
     words, name = args.words, None
     if " ".join(words).startswith(("ft:", "ftjob-")) or (len(words) == 2 and " " in words[1]):
-        name = words.pop(0)
+        name = words.pop(0) or None
     if len(words) > 1 or (args.compare and not words):
         sys.exit('Put the question in quotes: python use_fine_tuned_model.py "I have a question."')
     model, record = find_model(name)

@@ -42,7 +42,7 @@ def commands_page() -> str:
     """Return docs/commands.md: the options of the five scripts, and how each page of extras/ is called."""
     parts = [
         "# The commands\n",
-        "Every option of the five scripts, and how those of `extras/` are called; made of the scripts (`make docs`).",
+        "Every option of the five scripts, and how to call each page of `extras/`; made of the scripts (`make docs`).",
         "What a script needs, leaves and omits stands in its first lines.\n",
         "Exit codes, everywhere: 0 done · 1 not, and the last line says why · 2 usage · 130 interrupted.",
     ]

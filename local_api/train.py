@@ -283,7 +283,7 @@ def job_failed(error: Exception) -> JobFailed:
     """Return what a job says of an error that its data, hyperparameters or model bring about; raise any other."""
     if isinstance(error, JobFailed):
         return error
-    if isinstance(error, (OSError, base_models.ModelOutOfReach)):  # may pass
+    if isinstance(error, base_models.ModelOutOfReach):  # may pass
         raise error
     if isinstance(error, base_models.ModelUnavailable):
         return JobFailed("model_not_available", str(error), "model")

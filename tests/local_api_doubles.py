@@ -25,13 +25,14 @@ if not lock:
     sys.exit("another trainer is at work here")
 job = json.loads((directory / "job.json").read_text())
 first = json.loads(open(job["training_file"]).readline())["messages"][0]["content"]
-known = ("held", "stubborn", "slow", "crash", "fail", "no memory", "nan", "full disk", "killed each epoch")
+known = ("held", "stubborn", "slow", "endless", "crash", "fail", "no memory", "nan", "full disk", "killed each epoch")
 behaviour = first if first in known else "normal"
 asked_to_stop = []
 signal.signal(signal.SIGTERM, lambda *_: behaviour == "stubborn" or asked_to_stop.append(1))
 n_epochs = job["hyperparameters"]["n_epochs"]
 n_epochs = 5 if n_epochs == "auto" else n_epochs
-steps, pause = n_epochs * 2, 0.15 if behaviour == "slow" else 0.01
+steps, pause = n_epochs * 2, 0.15 if behaviour in ("slow", "endless") else 0.01
+steps = 10_000 if behaviour == "endless" else steps
 go = directory.parent.parent / "go"  # what a trainer that is held, or stubborn too, waits for after its third step
 text = (directory / "events.jsonl").read_bytes() if (directory / "events.jsonl").exists() else b""
 (directory / "events.jsonl").write_bytes(text[: text.rfind(b"}\n") + 2] if b"}\n" in text else b"")

@@ -166,6 +166,8 @@ def test_for_other_code(api):
     assert tuner.create_job("training_data.jsonl", suffix="bot") == job_id
     api.finish(job_id)
     assert tuner.monitor_progress(job_id).startswith(f"ft:{MODEL}:")
+    failed = api.add_job(status="failed")  # as at OpenAI, where a failed job has no finished_at
+    assert failed["finished_at"] is None and tuner.monitor_progress(failed["id"]) is None
 
 
 # Before spending
@@ -175,6 +177,11 @@ def test_max_cost_stops_before_anything_is_sent(api, capsys):
     write_report(tokens=10_000_000)
     assert run() == 1
     assert "--max-cost" in capsys.readouterr().err and api.requests == []
+    write_report(tokens=10_000_000, server=None)
+    report = json.loads(Path("training_data.report.json").read_text("utf-8"))
+    del report["server"]  # as an earlier step 1 wrote it
+    Path("training_data.report.json").write_text(json.dumps(report), encoding="utf-8")
+    assert run() == 1 and api.requests == []
     assert run("--n-epochs", "1", "--max-cost", "60") == 0
     assert record()["estimated_cost"] == 50.0
 

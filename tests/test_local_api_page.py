@@ -197,7 +197,7 @@ COLOURS = """(() => {
 
 def test_the_curve_grows_while_the_job_runs(browser, server):
     _, client = server
-    job = create_job(client, "slow", suffix="growing", hyperparameters={"n_epochs": 50})  # 100 steps of 0.15 s
+    job = create_job(client, "endless", suffix="growing")  # a step each 0.15 s
     browser.wait_for_text("#job-head h2", "growing")
     progress = "document.querySelector('#job-head progress').value"
     early = browser.wait(progress)

@@ -517,6 +517,7 @@ def test_rows_are_compared(capsys):
     ("a.jsonl", b'{"question": "a", "answer": "b"}\n\n{"question": "a}\n', "a.jsonl:3: error: invalid-json: "),
     ("a.json", b'[{"question": "a", "answer": "b"},\n{"question": "c"', "a.json:2: error: invalid-json: "),
     ("a.jsonl", b"[" * 100_000 + b"{" * 100_000, "a.jsonl:1: error: invalid-json: "),
+    ("a.json", b'{"faqs": [\n{"question": "a", "answer": "b"}\n{"question": "c"}]}', "a.json:3: error: invalid-json: "),
     ("a.csv", b'question,answer\nA?,"one"\nB?,"open\nC?,fine\n', "a.csv:3: error: invalid-csv: "),
     ("a.csv", b'question,answer\nA?,"open\nB?,fine\nC?,"closed"\n', "a.csv:2: error: invalid-csv: "),
     ("a.csv", b"question,answer\nCaf\xe9?,x\n", "a.csv:2: this is no UTF-8: save it so"),
@@ -584,9 +585,50 @@ def test_a_list_of_records_whose_name_is_written_in_codes_is_found(capsys):
     assert code == 0 and "the records are those in `häufige Fragen`" in out and "10 valid" in out
 
 
+@pytest.mark.parametrize("beside", [
+    {"tags": ["a", "b"], "note": "see [1]"}, {"template": "[{x}]"}, {"meta": {"items": 12, "tags": ["x"], "none": []}},
+])  # fmt: skip
+@pytest.mark.parametrize("name", ["items", "Q/A", "Einträge"])
+def test_a_list_of_records_is_found_beside_other_values(capsys, name, beside):
+    for text in (
+        json.dumps({**beside, name: [qa(n) for n in range(10)]}),
+        json.dumps({name: [qa(n) for n in range(10)], **beside}),
+    ):
+        Path("in.json").write_text(text.replace("/", "\\/").replace("\\u00e4", "\\u00E4"), encoding="utf-8")
+        code, out, _ = run(capsys, "in.json")
+        assert code == 0 and f"the records are those in `{name}`" in out and "10 valid" in out
+
+
+def test_two_lists_of_records_are_not_guessed_between(capsys):
+    rows = [qa(n) for n in range(10)]
+    for record in ({"one": rows, "two": rows}, {"meta": {"tags": [{"name": "x"}]}, "items": rows}):
+        Path("in.json").write_text(json.dumps(record), encoding="utf-8")
+        code, _, err = run(capsys, "in.json")
+        assert code == 1 and "unknown-shape" in err
+
+
+@pytest.mark.parametrize(("systems", "prompt"), [
+    ([{"role": "system", "content": "S "}, {"role": "developer", "content": "S", "name": "n"}], "S"),
+    ([{"role": "system", "content": "S"}, {"role": "system", "content": "T"}], None),
+    ([{"role": "system", "content": "S"}, {"role": "user", "content": "S"}], None),
+    ([{"role": "system"}], None),
+    ([{"role": "system", "content": [{"type": "text", "text": "S"}]}], None),
+])  # fmt: skip
+def test_the_report_names_a_system_prompt_that_all_rows_share(capsys, systems, prompt):
+    tools = {"tools": [{"type": "function", "function": {"name": "f"}}]}
+    rows = [chat(systems[n % len(systems)], f"Question {n}?", ANSWER, **tools) for n in range(12)]
+    rows = [
+        {**row, "messages": [row["messages"][0], *chat(f"Question {n}?", ANSWER)["messages"]]}
+        for n, row in enumerate(rows)
+    ]
+    code, _, _ = run(capsys, jsonl("in.jsonl", rows))
+    report = json.loads(Path("training_data.report.json").read_text("utf-8"))
+    assert code == 0 and report["system_prompt"] == prompt
+
+
 def test_too_few_rows_are_not_written(capsys):
     code, _, err = run(capsys, jsonl("in.jsonl", map(qa, range(9))))
-    assert code == 1 and err.endswith("too-few-examples: 9 sound ones of 10 or more; nothing was written.\n")
+    assert code == 1 and err.endswith("too-few-examples: 9 to train on, and training takes 10. Nothing was written.\n")
     assert [path.name for path in Path().iterdir()] == ["in.jsonl"]
     assert "few-examples" in run(capsys, jsonl("in.jsonl", map(qa, range(10))))[2]
 

@@ -375,11 +375,11 @@ def test_keys_that_no_case_has_are_named(api, capsys):
     [
         ("faq.csv", "question,answer\nq,a\n", "is a table: python prepare_training_data.py faq.csv --hold-out"),
         ("cases.json", "[\n{'a'}]", "line 2"),
-        ("cases.jsonl", '{"question": "q", "answer": "a"}\n\n{"question": "q"\n', "line 3"),
+        ("cases.jsonl", '{"question": "q", "answer": "a"}\n\n  {"question": "q"\n', "line 3"),
         ("cases.json", b"\xff\xfe", "cannot be read"),
         ("cases.json", [{"question": "q"}], "case-1 itself"),
         ("cases.json", [{"answer": "a"}], "case 1 cannot be read"),
-        ("cases.json", '{"faqs": [{"question": "q", "answer": "a"}]}', "case 1 cannot be read"),
+        ("cases.json", '{"faqs": [{"question": "q", "answer": "a"}]}', "`cases` have: answer, category"),
         ("cases.json", [{"question": "q", "answer": "a"}, 3], "case 2 cannot be read"),
         ("cases.json", [{"question": "q", "answer": "a", "checks": {"contain": "a"}}], "'contain'"),
         ("cases.json", [{"question": "q", "answer": "a", "checks": {"matches": "(("}}], "case 1 cannot be read"),
