@@ -32,7 +32,7 @@ STEPS = (
     "python prepare_training_data.py",
     "python fine_tune.py",
     "python check_fine_tune_status.py --wait",
-    'python use_fine_tuned_model.py "I forgot my password. How do I get back in?"',
+    'python use_fine_tuned_model.py "I forgot my password. How do I log in again?"',
     "python test_model.py",
 )
 
