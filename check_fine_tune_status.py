@@ -199,7 +199,7 @@ def conclude(client, job) -> None:
             step = "prepare_training_data.py {0} -o {0}".format(record.get(f"{fault}_path", "FILE"))
         sys.exit(f"\nJob {ended(job)}: {said.rstrip('.')}. Next: python {step}")
     best = show_checkpoints(client, job, record)
-    if "job_id" in record and job.fine_tuned_model:
+    if "job_id" in record and job.fine_tuned_model:  # the job was ordered from this folder
         path = Path("fine_tune_job.json" if is_latest else f"fine_tune_jobs/{job.id}.json")
         path.write_text(json.dumps({**record, "fine_tuned_model": job.fine_tuned_model}, indent=2))
     if str(job.fine_tuned_model).startswith("ft:"):  # OpenAI, local API: it answers at once

@@ -109,7 +109,7 @@ def read_json(path: str, text: str):
 
 def list_within(record) -> str:
     """Return the name of the one list of objects in an object that is no record itself."""
-    if not isinstance(record, dict) or find_shape(record):
+    if not isinstance(record, dict) or record.keys() & {"messages", "conversations"}:
         return ""
     lists = [key for key, of in record.items() if not isinstance(of, str) and "[{" in str(of)]
     return lists[0] if len(lists) == 1 else ""
@@ -123,6 +123,7 @@ def read_table(path: str, text: str):
     line = 2
     try:
         for record in table:
+            # Without what csv keeps under None: empty fields beyond the header.
             record = {name: of for name, of in record.items() if name is not None or any(of)}
             if any(record.values()):
                 yield line, record
@@ -143,11 +144,6 @@ CONTEXT = {"context", "input", "passage", "document", "documents", "background",
 CONTEXT |= {"functions", "function_call of messages"}  # `tools` and `tool_calls` today
 
 
-def find_shape(record) -> tuple[str, ...]:
-    names = {name.strip().lower() for name in record}
-    return next((shape for shape in SHAPES if names.issuperset(shape)), ())
-
-
 def to_example(row: Row, original, columns: dict[str, str], system: str) -> None:
     """Make row.example of a record, or tell why it stands for nothing."""
     if not isinstance(original, dict):
@@ -161,7 +157,7 @@ def to_example(row: Row, original, columns: dict[str, str], system: str) -> None
     is_rated = str(record.get("label")).lower() in ("true", "false")
     if is_rated or record.keys() & {"chosen", "preferred_output"}:
         return row.fault("unknown-shape", "this is data for another method: docs/your_data.md")
-    shape = find_shape(record)
+    shape = next((shape for shape in SHAPES if record.keys() >= set(shape)), ())
     if not shape or len(record) < len(original):  # no names that we know, or one of them twice
         found = ", ".join(f"`{name}`" for name in original)[:80]
         cure = "--columns question=NAME,answer=NAME, or another way in docs/your_data.md"

@@ -20,12 +20,12 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
-from types import ModuleType
 
 DOCS = Path(__file__).resolve().parent
 RUN = DOCS / "run"
-PAGES = ("prepare_training_data", "fine_tune", "check_fine_tune_status", "use_fine_tuned_model", "test_model")
-PAGES += ("extras/report_page", "extras/judge_answers", "extras/plot_loss", "extras/clean_up", "extras/find_leaks")
+SCRIPTS = ("prepare_training_data", "fine_tune", "check_fine_tune_status", "use_fine_tuned_model", "test_model")
+EXTRAS = ("extras/report_page", "extras/judge_answers", "extras/plot_loss", "extras/clean_up", "extras/find_leaks")
+PAGES = SCRIPTS + EXTRAS
 EPOCHS = 3  # of the run in docs/run/result.csv
 CHROMIUM = ("chromium", "chromium-browser", "google-chrome", "chrome")
 WINDOW = "900,745"  # pixels: as far down as the success criteria
@@ -46,19 +46,17 @@ def commands_page() -> str:
         "What a script needs, leaves and omits stands in its first lines.\n",
         "Exit codes, everywhere: 0 done · 1 not, and the last line says why · 2 usage · 130 interrupted.",
     ]
-    for name in PAGES[:5]:
+    for name in SCRIPTS:
         module = page(name)
-        parts.append(f"\n## {name}.py\n\n{first_line(module)}\n\n| argument | what it does |\n|---|---|")
+        title = (inspect.getdoc(module) or "").splitlines()[0]
+        parts.append(f"\n## {name}.py\n\n{title}\n\n| argument | what it does |\n|---|---|")
         parts += map(option_row, module.build_parser()._actions[1:])  # the first is --help
     parts.append("\n## extras/\n")
-    for name in PAGES[5:]:
-        usage = [line.split("#")[0].strip() for line in inspect.getdoc(page(name)).splitlines() if "    python" in line]
-        parts.append(f"- {first_line(page(name))} " + ", ".join(f"`{line}`" for line in usage))
+    for name in EXTRAS:
+        title, *lines = (inspect.getdoc(page(name)) or "").splitlines()
+        calls = [line.split("#")[0].strip() for line in lines if line.startswith("    python")]
+        parts.append(f"- {title} " + ", ".join(f"`{call}`" for call in calls))
     return "\n".join(parts) + "\n"
-
-
-def first_line(module: ModuleType) -> str:
-    return (inspect.getdoc(module) or "").splitlines()[0]
 
 
 def option_row(action: argparse.Action) -> str:

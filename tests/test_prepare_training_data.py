@@ -578,13 +578,6 @@ def test_a_list_of_messages_under_another_name_is_no_list_of_records(capsys):
     assert code == 0 and "Records          10: 10 valid" in out and "the records are those" not in out
 
 
-def test_a_list_of_records_whose_name_is_written_in_codes_is_found(capsys):
-    Path("in.json").write_text("\n" + json.dumps({"häufige Fragen": [qa(n) for n in range(10)]}), encoding="utf-8")
-    assert "\\u00e4" in Path("in.json").read_text("utf-8")
-    code, out, _ = run(capsys, "in.json")
-    assert code == 0 and "the records are those in `häufige Fragen`" in out and "10 valid" in out
-
-
 @pytest.mark.parametrize("beside", [
     {"tags": ["a", "b"], "note": "see [1]"}, {"template": "[{x}]"}, {"meta": {"items": 12, "tags": ["x"], "none": []}},
 ])  # fmt: skip
@@ -594,7 +587,7 @@ def test_a_list_of_records_is_found_beside_other_values(capsys, name, beside):
         json.dumps({**beside, name: [qa(n) for n in range(10)]}),
         json.dumps({name: [qa(n) for n in range(10)], **beside}),
     ):
-        Path("in.json").write_text(text.replace("/", "\\/").replace("\\u00e4", "\\u00E4"), encoding="utf-8")
+        Path("in.json").write_text("\n" + text.replace("/", "\\/").replace("\\u00e4", "\\u00E4"), encoding="utf-8")
         code, out, _ = run(capsys, "in.json")
         assert code == 0 and f"the records are those in `{name}`" in out and "10 valid" in out
 
