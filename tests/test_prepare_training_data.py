@@ -730,12 +730,6 @@ RECIPES = dict(re.findall(r"^### (.+?)\n.*?```python\n(.+?)```", GUIDE, re.MULTI
 INTENT = {"tag": "hi", "patterns": ["Question 0?"], "responses": [f"{ANSWER}0"]}
 NODES = {"a": {"message": None}, "b": {"message": {"author": {"role": "user"}, "content": {"parts": ["Question 0?"]}}},
          "c": {"message": {"author": {"role": "assistant"}, "content": {"parts": [f"{ANSWER}0"]}}}}  # fmt: skip
-GEMINI = {
-    "contents": [
-        {"role": "user", "parts": [{"text": "Question 0?"}]},
-        {"role": "model", "parts": [{"text": f"{ANSWER}0"}]},
-    ]
-}
 
 
 @pytest.mark.parametrize(("title", "name", "text", "result"), [
@@ -743,7 +737,6 @@ GEMINI = {
     ("Intents", "intents.json", json.dumps({"intents": [INTENT]}), "intents_data.jsonl"),
     ("Anki", "anki.txt", f"#separator:tab\n#html:false\nQuestion 0?\t{ANSWER}0\n", "anki.tsv"),
     ("A ChatGPT export", "conversations.json", json.dumps([{"title": "a", "mapping": NODES}]), "chats.jsonl"),
-    ("Gemini", "gemini.jsonl", json.dumps(GEMINI) + "\n", "chats.jsonl"),
 ])  # fmt: skip
 def test_a_recipe_makes_what_step_1_takes(capsys, monkeypatch, title, name, text, result):
     monkeypatch.setattr(step_1, "MIN_EXAMPLES", 1)
