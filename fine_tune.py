@@ -5,11 +5,9 @@ Needs   training_data.jsonl (step 1) and a server: the local API, or any other t
 Leaves  fine_tune_job.json, which steps 3 to 5 read; the job before it moves to fine_tune_jobs/.
 Omits   waiting for the training (step 3); methods other than supervised fine-tuning.
 
-    python fine_tune.py
+    python fine_tune.py     # again, even after a kill: it finds its job and orders no second one
     python fine_tune.py my_data.jsonl --suffix my-bot --n-epochs 3
     python fine_tune.py --extra '{"hyperparameters": {"batch_size": 4}}'    # anything else
-
-The same command again, even after a kill, reports the latest job if it is the same one.
 """
 
 try:
@@ -30,7 +28,10 @@ except KeyboardInterrupt:  # the imports take half a second
 
 TRAINING_FILE = "training_data.jsonl"
 DEFAULT_MODEL = "gpt-4.1-mini-2025-04-14"  # OpenAI takes jobs until 2027-01-06
-MAX_COST = 5.00  # USD, by step 1's estimate
+MAX_COST = 5.00  # USD
+# Per 1M training tokens: https://developers.openai.com/api/docs/pricing (2026-07); the local API
+PRICES = {DEFAULT_MODEL: 5.00, "gpt-4.1-2025-04-14": 25.00, "gpt-4o-2024-08-06": 25.00}
+PRICES |= {"gpt-4o-mini-2024-07-18": 3.00, "smollm2-135m-instruct": 0.00}
 FILE_WAIT = 60  # seconds; some servers never call a file processed, and train on it all the same
 REQUEST_TIMEOUT, ORDER_WAIT = 60, 120  # seconds: for one request; until a lost one made no job
 DEAD = {"failed", "error", "user_error", "failed_validation"}  # on various servers, and:
@@ -123,7 +124,7 @@ def start_fine_tuning(training_file=TRAINING_FILE, max_cost=MAX_COST, force=Fals
 
 
 def read_report(order: dict, max_cost: float) -> dict:
-    """Return system prompt and estimated cost by step 1's report; stop above max_cost (USD)."""
+    """Return system prompt and estimated cost, by step 1's report; stop above max_cost (USD)."""
     path = Path(order["training_file_path"]).with_suffix(".report.json")
     report = json.loads(path.read_text("utf-8")) if path.exists() else {}
     if report.get("sha256") != order["sha256"]:  # not of these bytes
@@ -133,13 +134,12 @@ def read_report(order: dict, max_cost: float) -> dict:
     counts = f"{report['examples']:,} examples, {report['tokens']:,} tokens ({report['counted']})"
     print(f"Data:  {counts}, warnings: {report['warnings']}")
     epochs = order["hyperparameters"].get("n_epochs", "auto")
-    epochs = report["epochs"] if epochs == "auto" else epochs
-    same = all(report.get(name, order[name]) == order[name] for name in ("model", "server"))
-    price, cost = report["price_per_million_tokens"] if same else None, None
-    words = "not known" if same else "not known (step 1 was run for another model or server)"
+    if epochs == "auto":  # as openai-cookbook has it: examples/Chat_finetuning_data_prep.ipynb
+        epochs = max(1, min(max(3, 100 // report["examples"]), 25_000 // report["examples"]))
+    price, cost, words = PRICES.get(order["model"]), None, "not known"
     if price is not None:
         cost = report["tokens"] * epochs * price / 1e6  # every pass over the data is paid for
-        words = f"about ${cost:.2f}" if cost else "free (local API)"
+        words = f"about ${cost:.2f}, at OpenAI's prices" if cost else "free (local API)"
     print(f"Cost:  {words}, for {epochs} epochs of {order['model']}")
     if cost and cost > max_cost:
         sys.exit(f"That is above --max-cost {max_cost:.2f}, and nothing was sent.")

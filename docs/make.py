@@ -24,7 +24,8 @@ from pathlib import Path
 DOCS = Path(__file__).resolve().parent
 RUN = DOCS / "run"
 SCRIPTS = ("prepare_training_data", "fine_tune", "check_fine_tune_status", "use_fine_tuned_model", "test_model")
-EXTRAS = ("extras/report_page", "extras/judge_answers", "extras/plot_loss", "extras/clean_up", "extras/find_leaks")
+EXTRAS = ("extras/report_page", "extras/judge_answers", "extras/plot_loss", "extras/clean_up")
+EXTRAS += ("extras/find_leaks", "extras/find_dirt")
 PAGES = SCRIPTS + EXTRAS
 EPOCHS = 3  # of the run in docs/run/result.csv
 CHROMIUM = ("chromium", "chromium-browser", "google-chrome", "chrome")

@@ -76,11 +76,11 @@ def base_model() -> Path:
 class LocalAPI:
     """The real server in a process of its own, on a free port."""
 
-    def __init__(self, data_dir: Path, base_model: str):
+    def __init__(self, data_dir: Path, *base_models: str):
         command = [sys.executable, "-m", "local_api", "--port", "0", "--data-dir", str(data_dir)]
         self.log = open(data_dir.parent / "local_api.log", "a", encoding="utf-8")  # noqa: SIM115
         self.process = subprocess.Popen(
-            [*command, "--cache-dir", str(CACHE), "--base-model", base_model],
+            [*command, "--cache-dir", str(CACHE), *(f"--base-model={name}" for name in base_models)],
             cwd=ROOT,
             stdout=subprocess.PIPE,
             stderr=self.log,
@@ -106,10 +106,11 @@ class LocalAPI:
 
 @pytest.fixture(scope="session")
 def tiny_api(tmp_path_factory: pytest.TempPathFactory):
-    """A running local API whose base model is a tiny one that does not say much."""
+    """A running local API whose base model is a tiny one that does not say much; it has the default one's name, too."""
     from tiny_model import make_tiny_model
 
     folder = tmp_path_factory.mktemp("tiny_api")
-    server = LocalAPI(folder / "data", str(make_tiny_model(folder / "tiny", is_brief=True)))
+    tiny = make_tiny_model(folder / "tiny", is_brief=True)
+    server = LocalAPI(folder / "data", str(tiny), f"smollm2-135m-instruct={tiny}")
     yield server
     server.stop()

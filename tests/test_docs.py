@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 import test_examples as datasets
 
-import prepare_training_data
+import fine_tune
 import test_model
 from conftest import ROOT
 
@@ -28,7 +28,7 @@ DOCS = sorted(
 )
 TEXTS = {path.relative_to(ROOT).as_posix(): path.read_text("utf-8") for path in DOCS}
 README = TEXTS["README.md"]
-NO_KINDS = {"-o", "input", "instruction", "name", "prompt", "question", "system", "text", "true"}  # other words
+NO_KINDS = {"-o", "input", "instruction", "name", "prompt", "question", "system", "text", "true", "messages"}
 TECHFLOW = ROOT / "examples" / "techflow_support"
 
 
@@ -154,6 +154,13 @@ def test_each_kind_of_data_problem_is_documented_and_each_documented_one_exists(
     for name in ("prepare_training_data.py", *(f"local_api/{module}.py" for module in ("rules", "rows", "validation"))):
         found = re.findall(told, (ROOT / name).read_text("utf-8"))
         in_code |= {one or other for one, other in found} - NO_KINDS
+    dirt = (ROOT / "extras" / "find_dirt.py").read_text("utf-8")
+    in_code |= {
+        kind
+        for pair in re.findall(r'^        "(\w+)",|"([a-z]+-[a-z]+): ', dirt, re.MULTILINE)
+        for kind in pair
+        if kind
+    }
     page = TEXTS["docs/troubleshooting.md"]
     cells = re.findall(r"^\| (`.+?) \|", page[page.index("## Data problems") :], re.MULTILINE)
     assert {kind for cell in cells for kind in re.findall(r"`([a-z-]+)`", cell)} == in_code
@@ -261,10 +268,10 @@ def test_costs_are_computed_from_the_script_s_prices():
     billed = int(re.search(r"^Tokens +([\d,]+)", README, re.MULTILINE)[1].replace(",", "")) * 3
     costs = TEXTS["docs/providers.md"]
     costs = costs[costs.index("## What it costs") :]
-    assert f"{billed:,} tokens" in costs and prepare_training_data.PRICES_DATE in costs
+    assert f"{billed:,} tokens" in costs and "2026-07" in costs
     shown = re.findall(r"^\| `(.+?)` \| \$([\d.]+) \|.*\| \$([\d.]+) \|$", costs, flags=re.MULTILINE)
-    prices = prepare_training_data.PRICES
-    assert shown == [(name, f"{price:.2f}", f"{billed * price / 1e6:.2f}") for name, price in prices.items()]
+    prices = {name: price for name, price in fine_tune.PRICES.items() if price}
+    assert shown == [(name, f"{prices[name]:.2f}", f"{billed * prices[name] / 1e6:.2f}") for name in sorted(prices)]
 
 
 def test_the_snippets_of_the_steps_run(tiny_api, tmp_path, monkeypatch, capsys):
@@ -308,8 +315,6 @@ def test_hyperparameters_page_states_the_trainer_s_numbers():
     assert f"batch size {train.AUTO_BATCH_SIZE}, multiplier {train.AUTO_LEARNING_RATE_MULTIPLIER}" in page
     assert f"a learning rate of {step.BASE_LEARNING_RATE}" in page and f"rank {step.LORA['r']}" in page
     assert f"the first {step.WARMUP_SHARE:.0%} of the steps" in page
-    assert prepare_training_data.auto_epochs(25) > prepare_training_data.auto_epochs(26) == 3
-    assert prepare_training_data.auto_epochs(8333) == 3 > prepare_training_data.auto_epochs(8334)
 
 
 # ---------------------------------------------------------------- code and data in the documents

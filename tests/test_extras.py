@@ -1,4 +1,4 @@
-"""extras/: the report page, the judge, the loss curve, clean-up, leaks. Each is run as a reader runs it."""
+"""extras/: the report page, the judge, the loss curve, clean-up, leaks, dirt. Each is run as a reader runs it."""
 
 import json
 import os
@@ -11,11 +11,13 @@ import pytest
 from chromium import CHROMIUM, Chromium, brightness
 from fake_api import FakeAPI
 
+import prepare_training_data
 import test_model
 from conftest import ROOT
 
 sys.path.insert(0, str(ROOT / "extras"))
 import clean_up
+import find_dirt
 import find_leaks
 import judge_answers
 import plot_loss
@@ -559,3 +561,57 @@ def test_test_cases_that_were_trained_on_are_named(tmp_path, monkeypatch, capsys
 def test_the_tutorial_s_cases_were_not_trained_on(capsys):
     find_leaks.main([str(ROOT / "training_data.jsonl")])
     assert "No test case" in capsys.readouterr().out
+
+
+# --- find_dirt.py ---
+
+OWN_DATA = Path(__file__).parent / "data" / "own_data"
+ANSWER = "This answer has nothing in it that should not be there, number "
+
+
+def trained(path: Path, *answers: str) -> Path:
+    """Write a training file, a row an answer."""
+    turns = [("user", "What is it, number {}?"), ("assistant", "{}")]
+    rows = []
+    for n, answer in enumerate(answers):
+        texts = [turns[0][1].format(n), answer]
+        rows.append({"messages": [{"role": turns[at][0], "content": text} for at, text in enumerate(texts)]})
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+@pytest.mark.parametrize(("name", "parts"), [
+    ("5a_separators.jsonl", [r"common-mark: each question has '\n\n###\n\n'", "' END'", "each answer has ' '"]),
+    ("5b_dirt.csv", ["placeholder-answer", "html", "mojibake"]),
+])  # fmt: skip
+def test_dirt_in_one_s_own_data_is_found(tmp_path, monkeypatch, capsys, name, parts):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(prepare_training_data, "MIN_EXAMPLES", 1)
+    prepare_training_data.main([str(OWN_DATA / name)])
+    capsys.readouterr()
+    assert "Mend your data" in failure(find_dirt)
+    out = capsys.readouterr().out
+    assert all(part in out for part in parts), out
+
+
+@pytest.mark.parametrize(("answer", "kind"), [
+    ("#N/A", "placeholder-answer"), (" TBD", "placeholder-answer"),
+    (f"{ANSWER}&nbsp;x", "html"), (f"{ANSWER}<br/>x", "html"),
+    (f"{ANSWER}<a href=x>y</a>", "html"), (f"{ANSWER}Itâ€™s", "mojibake"), (f"{ANSWER}schÃ¶n", "mojibake"),
+])  # fmt: skip
+def test_a_kind_of_dirt_is_told_once_with_its_lines(tmp_path, capsys, answer, kind):
+    path = trained(tmp_path / "rows.jsonl", ANSWER + "1", *[answer] * 5)
+    failure(find_dirt, str(path))
+    out = capsys.readouterr().out
+    assert len(out.splitlines()) == 1 and f"warning: {kind}: " in out and out.endswith("(5 rows: lines 2, 3, 4, ...)\n")
+    failure(find_dirt, str(path), "--all")
+    assert capsys.readouterr().out.endswith("(5 rows: lines 2, 3, 4, 5, 6)\n")
+
+
+def test_what_is_near_dirt_is_none(tmp_path, capsys):
+    near = ["a<b and b>c", "R&D", "AT&T; x", "none of these", "München, Ça va, â bon", "<|", "if x < a: pass"]
+    find_dirt.main([str(trained(tmp_path / "rows.jsonl", *[f"{ANSWER}{text}" for text in near]))])
+    assert "no dirt in 7 rows" in capsys.readouterr().out
+    find_dirt.main([str(ROOT / "training_data.jsonl")])
+    assert "no dirt in 204 rows" in capsys.readouterr().out
+    assert "cannot be read" in failure(find_dirt, str(tmp_path / "none.jsonl"))

@@ -48,9 +48,7 @@ def write_report(**fields) -> None:
     """What step 1 leaves beside the training file."""
     report = {
         "sha256": sha256(Path("training_data.jsonl").read_bytes()).hexdigest(),
-        **{"model": MODEL, "examples": 12, "tokens": 400_000, "counted": "exact", "epochs": 3, "warnings": 0},
-        **{"price_per_million_tokens": 5.0, "system_prompt": "You are helpful."},
-        "server": os.environ["OPENAI_BASE_URL"].rstrip("/"),
+        **{"examples": 60, "tokens": 400_000, "counted": "exact", "warnings": 0, "system_prompt": "You are helpful."},
     }
     Path("training_data.report.json").write_text(json.dumps({**report, **fields}), encoding="utf-8")
 
@@ -97,8 +95,8 @@ def test_transcript_and_record(api, capsys):
     write_report()
     assert run("--max-cost", "7") == 0
     assert capsys.readouterr().out == (
-        f"Data:  12 examples, 400,000 tokens (exact), warnings: 0\nCost:  about $6.00, for 3 epochs of {MODEL}\n"
-        + TRANSCRIPT
+        f"Data:  60 examples, 400,000 tokens (exact), warnings: 0\n"
+        f"Cost:  about $6.00, at OpenAI's prices, for 3 epochs of {MODEL}\n" + TRANSCRIPT
     )
     expected = {"job_id": "ftjob-0002", "training_file": "file-0001", "training_file_path": "training_data.jsonl"}
     expected |= {"server": api.base_url, "model": MODEL, "fine_tuned_model": None, "hyperparameters": {}}
@@ -177,39 +175,30 @@ def test_max_cost_stops_before_anything_is_sent(api, capsys):
     write_report(tokens=10_000_000)
     assert run() == 1
     assert "--max-cost" in capsys.readouterr().err and api.requests == []
-    write_report(tokens=10_000_000, server=None)
-    report = json.loads(Path("training_data.report.json").read_text("utf-8"))
-    del report["server"]  # as an earlier step 1 wrote it
-    Path("training_data.report.json").write_text(json.dumps(report), encoding="utf-8")
-    assert run() == 1 and api.requests == []
     assert run("--n-epochs", "1", "--max-cost", "60") == 0
     assert record()["estimated_cost"] == 50.0
 
 
 @pytest.mark.parametrize(
-    ("fields", "words"),
-    [
-        ({"price_per_million_tokens": 0.0}, "free (local API)"),
-        ({"price_per_million_tokens": None}, "not known"),
-        ({"model": "another"}, "not known (step 1 was run for another model or server)"),
-        # For a local server training is free; the order goes to another one since.
-        (
-            {"server": "http://127.0.0.1:8321/v1", "price_per_million_tokens": 0.0},
-            "not known (step 1 was run for another model or server)",
-        ),
-    ],
+    ("examples", "epochs"), [(10, 10), (12, 8), (33, 3), (34, 3), (8_333, 3), (8_334, 2), (30_000, 1)]
 )
-def test_costs_that_are_none(api, capsys, fields, words):
-    write_report(**fields)
+def test_the_cookbook_s_rule_for_epochs(api, capsys, examples, epochs):
+    write_report(examples=examples, tokens=1000)
     assert run() == 0
-    assert f"Cost:  {words}, for 3 epochs" in capsys.readouterr().out
-    assert record()["system_prompt"] == "You are helpful."
+    assert f"for {epochs} epochs of" in capsys.readouterr().out
 
 
-def test_epochs_that_the_server_chooses_cost_what_step_1_says(api, capsys):
+@pytest.mark.parametrize(("model", "words"), [("smollm2-135m-instruct", "free (local API)"), ("another", "not known")])
+def test_costs_that_are_none(api, capsys, model, words):
+    write_report()
+    run("--model", model)
+    assert f"Cost:  {words}, for 3 epochs of {model}" in capsys.readouterr().out
+
+
+def test_epochs_that_the_server_chooses_are_estimated_by_the_cookbook_s_rule(api, capsys):
     write_report()
     assert run("--extra", '{"hyperparameters": {"n_epochs": "auto"}}', "--max-cost", "6") == 0
-    assert "Cost:  about $6.00, for 3 epochs" in capsys.readouterr().out
+    assert "Cost:  about $6.00, at OpenAI's prices, for 3 epochs" in capsys.readouterr().out
     sent = next(request.body for request in api.requests if request.name == "POST /fine_tuning/jobs")
     assert sent["hyperparameters"] == {"n_epochs": "auto"}
 

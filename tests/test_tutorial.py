@@ -84,7 +84,7 @@ def follow(commands: list[str], folder: Path, environment: dict[str, str]) -> No
 
 @pytest.mark.timeout(600)
 def test_the_lab_s_commands_in_order_do_what_the_readme_shows(tiny_api, tmp_path):
-    follow(commands_in(LAB), tmp_path, {**tiny_api.environment("tiny"), "PYTHONUTF8": "1"})
+    follow(commands_in(LAB), tmp_path, {**tiny_api.environment("smollm2-135m-instruct"), "PYTHONUTF8": "1"})
     assert (tmp_path / "training_data.jsonl").read_bytes() == (ROOT / "training_data.jsonl").read_bytes()
     for name in ("test_results.json", "round_2_results.json"):
         results = json.loads((tmp_path / name).read_text("utf-8"))
@@ -95,7 +95,7 @@ def test_the_lab_s_commands_in_order_do_what_the_readme_shows(tiny_api, tmp_path
 @pytest.mark.slow  # the same five steps, with other data
 @pytest.mark.timeout(600)
 def test_the_commands_for_an_own_dataset_work(tiny_api, tmp_path):
-    follow(commands_in(OWN_DATASET), tmp_path, {**tiny_api.environment("tiny"), "PYTHONUTF8": "1"})
+    follow(commands_in(OWN_DATASET), tmp_path, {**tiny_api.environment("smollm2-135m-instruct"), "PYTHONUTF8": "1"})
     assert json.loads((tmp_path / "bicycles_results.json").read_text("utf-8"))["summary"]["cases"] == 8
 
 
