@@ -19,7 +19,7 @@ from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from local_api import answers, base_models, chat, errors, files, jobs, models, page, responses, uploads
+from local_api import answers, base_models, chat, errors, files, jobs, models, page, responses
 from local_api.errors import APIError
 from local_api.generation import EngineError, GenerationRequest
 from local_api.store import Store, new_id
@@ -64,7 +64,7 @@ def create_app(settings: Settings, *, engine: Any = None, trainer_command: Seque
     app.state.generating = answers.Generating(app.state)
     app.state.forget_model = lambda model_id: app.state.engine and app.state.engine.forget(model_id)
     app.state.worker = Worker(store, app.state.models, trainer_command)
-    for part in (files, uploads, jobs, models, chat, responses):
+    for part in (files, jobs, models, chat, responses):
         app.include_router(part.router)
     page.add_routes(app)
     app.add_api_route("/healthz", lambda: {"status": "ok"}, include_in_schema=False)
@@ -241,8 +241,6 @@ class RepeatedLines(logging.Filter):
 def body_limit(path: str) -> int:
     if path.startswith("/v1/files"):
         return files.MAX_FILE_BYTES + 2**20
-    if path.startswith("/v1/uploads/") and path.endswith("/parts"):
-        return uploads.MAX_PART_BYTES + 2**20
     return MAX_JSON_BYTES
 
 

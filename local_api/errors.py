@@ -119,6 +119,7 @@ def invalid_parameter(problem: Any) -> APIError:
 LEFT_OUT = {
     "/openai/deployments": "This server has no Azure paths: use the plain OpenAI client, base URL ending in /v1.",
     "/batches": "This server has no batches: send the requests to /v1/chat/completions, as many at once as you like.",
+    "/uploads": "This server takes a file of up to 512 MB whole: POST /v1/files, in the SDK files.create.",
     "/v1/completions": "This server has chat models alone: use /v1/chat/completions.",
     "/embeddings": "This server has no embedding models.",
     "/assistants": "This server has no assistants: use /v1/chat/completions.",

@@ -11,7 +11,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError, mo
 from local_api.errors import APIError, invalid_parameter
 from local_api.store import Document
 
-MAX_VALUES = 100_000  # in a JSON body: 2,048 messages have 10,000, an upload of 8 GB in parts of 64 MB has 128
+MAX_VALUES = 100_000  # in a JSON body: 2,048 messages have 10,000
 MAX_NAMES = 100  # in an object of parameters
 MAX_PAIRS = 16  # of metadata: the API's limit
 

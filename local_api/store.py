@@ -31,7 +31,7 @@ from local_api.errors import APIError
 from local_api.job_files import flush_directory
 
 # The API's `object` names the kind.
-FILE, UPLOAD, PART, MODEL = "file", "upload", "upload.part", "model"
+FILE, MODEL = "file", "model"
 JOB, EVENT, CHECKPOINT = "fine_tuning.job", "fine_tuning.job.event", "fine_tuning.job.checkpoint"
 VERSION = 1  # of what follows and of the documents in it; 0 knew the trainer's events by their place in its file
 SCHEMA = (
@@ -39,7 +39,7 @@ SCHEMA = (
     seq INTEGER PRIMARY KEY AUTOINCREMENT,  -- the order of creation, which all lists follow
     id TEXT NOT NULL UNIQUE,
     kind TEXT NOT NULL,
-    parent_id TEXT,                         -- of an event, checkpoint or model its job, of a part its upload
+    parent_id TEXT,                         -- of an event, checkpoint or model its job
     document TEXT NOT NULL
 )""",
     "CREATE INDEX objects_of_kind ON objects (kind, parent_id, seq)",
@@ -126,7 +126,7 @@ class Store:
 
         A kill between writing bytes and recording them leaves such strays; so does a database that was lost.
         """
-        known = {row[0] for row in self._query("SELECT id FROM objects WHERE kind IN (?, ?, ?)", (FILE, JOB, PART))}
+        known = {row[0] for row in self._query("SELECT id FROM objects WHERE kind IN (?, ?)", (FILE, JOB))}
         moved = []
         for folder in ("files", "jobs"):
             here, strays = self.data_dir / folder, self.data_dir / "strays" / folder
