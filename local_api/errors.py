@@ -100,8 +100,8 @@ def invalid_parameter(problem: Any) -> APIError:
     """Put one of pydantic's complaints into the API's words: 400, with `param` and `code`."""
     kind, param = problem["type"], parameter_name(problem["loc"])
     if kind == "json_invalid" or param is None:
-        return APIError(400, "We could not parse the JSON body of your request: send an object, with the header "
-                             "Content-Type: application/json.")  # fmt: skip
+        sentence = f"We could not parse the JSON body of your request ({problem['msg']})"
+        return APIError(400, f"{sentence}: send an object, with the header Content-Type: application/json.")
     if kind == "missing":
         return APIError(400, f"Missing required parameter: '{param}'.", param=param, code="missing_required_parameter")
     if kind == "extra_forbidden":
