@@ -13,10 +13,10 @@ from typing import Any
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
+from openai.types import ErrorObject
 from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 
-TYPE_OF_STATUS = {401: "invalid_request_error", 429: "rate_limit_error"}
 NAME_OF_TYPE = {  # pydantic's error type: what the API calls the type that it expected
     "string_type": "a string", "int_type": "an integer", "float_type": "a number", "bool_type": "a boolean",
     "list_type": "an array", "dict_type": "an object", "model_type": "an object", "model_attributes_type": "an object",
@@ -24,15 +24,8 @@ NAME_OF_TYPE = {  # pydantic's error type: what the API calls the type that it e
 }  # fmt: skip
 
 
-class ErrorDetail(BaseModel):
-    message: str
-    type: str
-    param: str | None
-    code: str | None
-
-
 class ErrorResponse(BaseModel):
-    error: ErrorDetail
+    error: ErrorObject
 
 
 # For the OpenAPI document that the server has of itself at /openapi.json.
@@ -51,17 +44,14 @@ class APIError(HTTPException):
         self.param, self.code = param, code
 
 
-def not_found(kind: str, object_id: str) -> APIError:
-    return APIError(404, f"No such {kind}: {object_id}", param="id")
-
-
 def model_not_found(model: str) -> APIError:
     message = f"The model `{model}` does not exist or you do not have access to it."
     return APIError(404, message, param="model", code="model_not_found")
 
 
 def error_body(status_code: int, message: str, param: str | None = None, code: str | None = None) -> dict[str, Any]:
-    kind = TYPE_OF_STATUS.get(status_code, "invalid_request_error" if status_code < 500 else "server_error")
+    kind = "server_error" if status_code >= 500 else "invalid_request_error"
+    kind = "rate_limit_error" if status_code == 429 else kind
     return {"error": {"message": message, "type": kind, "param": param, "code": code}}
 
 
@@ -72,18 +62,19 @@ def error_response(error: APIError) -> JSONResponse:
 
 def explain(error: Exception) -> APIError:
     """Return what the client is told about an exception that no handler expected (the log holds its traceback)."""
-    sqlite_full = isinstance(error, sqlite3.OperationalError) and "full" in str(error)
-    if sqlite_full or (isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)):
-        return APIError(500, "The disk that holds the server's data directory is full.", code="server_error")
-    if isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE):
-        return APIError(500, "The server has too many files and connections open.", code="server_error")
-    if isinstance(error, sqlite3.OperationalError) and "locked" in str(error):
-        return APIError(500, "The server's database is locked by another process.", code="server_error")
-    if isinstance(error, (sqlite3.Error, OSError)):
+    number = getattr(error, "errno", None)
+    database = str(error) if isinstance(error, sqlite3.Error) else ""
+    if not isinstance(error, (sqlite3.Error, OSError)):
+        sentence = "The server had an error it was not prepared for; its log holds the details."
+    elif number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) or "full" in database:
+        sentence = "The disk that holds the server's data directory is full."
+    elif number in (errno.EMFILE, errno.ENFILE):
+        sentence = "The server has too many files and connections open."
+    elif "locked" in database:
+        sentence = "The server's database is locked by another process."
+    else:
         sentence = "The server cannot read or write its data directory; was it moved or deleted?"
-        return APIError(500, sentence, code="server_error")
-    return APIError(500, "The server had an error it was not prepared for; its log holds the details.",
-                    code="server_error")  # fmt: skip
+    return APIError(500, sentence, code="server_error")
 
 
 def parameter_name(location: tuple[int | str, ...]) -> str | None:
@@ -111,8 +102,7 @@ def invalid_parameter(problem: Any) -> APIError:
         return APIError(400, message, param=param, code="invalid_type")
     reason = re.sub("^(Input should be|[A-Z][a-z]+ should have)", "expected", problem["msg"]).rstrip(".")
     reason = reason.removeprefix("Value error, ").replace(" after validation, not ", ", got ")
-    code = problem.get("ctx", {}).get("code", "invalid_value")
-    return APIError(400, f"Invalid value for '{param}': {reason}.", param=param, code=code)
+    return APIError(400, f"Invalid value for '{param}': {reason}.", param=param, code="invalid_value")
 
 
 # Part of a path that this server does not have, though others do: what to do instead. The first one counts.

@@ -10,11 +10,11 @@ from fastapi import Form, Query, UploadFile
 from fastapi.responses import FileResponse
 from openai.types import FileDeleted, FileObject
 
-from local_api.errors import APIError, not_found
+from local_api.errors import APIError
 from local_api.shapes import Page, Router, page
 from local_api.store import FILE, Document, Store, StoreOfRequest, new_id, now, public
 
-MAX_FILE_BYTES = 512 * 1024 * 1024  # the API's limit
+MAX_FILE_BYTES = 512 * 1024 * 1024  # the API's limit; here it is that of the whole request
 MAX_LINE_BYTES = 16 * 1024 * 1024
 Purpose = Literal["assistants", "batch", "fine-tune", "vision", "user_data", "evals"]
 
@@ -39,8 +39,6 @@ def create_file(
         missing = f"expires_after[{'anchor' if anchor is None else 'seconds'}]"
         raise APIError(400, f"Missing required parameter: '{missing}'.", param=missing,
                        code="missing_required_parameter")  # fmt: skip
-    if file.size is not None and file.size > MAX_FILE_BYTES:
-        raise APIError(413, f"The file is larger than the limit of {MAX_FILE_BYTES // 2**20} MB.", param="file")
     if purpose == "fine-tune":
         check_jsonl(file.file)
     if seconds is None and purpose == "batch":
@@ -122,7 +120,7 @@ def find_file(store: Store, file_id: str) -> Document:
         remove_file(store, file_id)
         document = None
     if document is None:
-        raise not_found("File object", file_id)
+        raise APIError(404, f"No such File object: {file_id}", param="id")
     return document
 
 

@@ -5,7 +5,7 @@ from typing import Annotated, Any, Generic, Literal, TypeVar
 from fastapi import APIRouter, Request
 from fastapi.concurrency import run_in_threadpool
 from fastapi.routing import APIRoute
-from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from local_api.errors import APIError, invalid_parameter
 from local_api.store import Document
@@ -70,19 +70,16 @@ class Parameters(BaseModel):
         return sent
 
 
-def check_metadata(metadata: Any) -> Any:
-    """Refuse what is too much before the single pairs are looked at."""
-    if not isinstance(metadata, dict):
-        return metadata  # pydantic says what is wrong with it
-    if len(metadata) > MAX_PAIRS:
+def has_few_pairs(metadata: Any) -> Any:
+    """Refuse too many pairs before one of them is looked at."""
+    if isinstance(metadata, dict) and len(metadata) > MAX_PAIRS:
         raise ValueError(f"at most {MAX_PAIRS} pairs are allowed")
-    for key, value in metadata.items():
-        if len(key) > 64 or (isinstance(value, str) and len(value) > 512):
-            raise ValueError("a key has at most 64 characters and a value at most 512")
     return metadata
 
 
-Metadata = Annotated[dict[str, str] | None, BeforeValidator(check_metadata)]
+Key = Annotated[str, Field(max_length=64)]
+Value = Annotated[str, Field(max_length=512)]
+Metadata = Annotated[dict[Key, Value] | None, BeforeValidator(has_few_pairs)]
 
 
 class Page(BaseModel, Generic[Item]):
