@@ -3,6 +3,7 @@
 import asyncio
 import hmac
 import logging
+import re
 import sys
 import threading
 import time
@@ -11,7 +12,6 @@ from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 from fastapi import FastAPI
 from starlette.datastructures import Headers
@@ -110,7 +110,7 @@ class Guard:
         self.app = app
         self.key = settings.api_key
         local = settings.host in LOOPBACK  # otherwise any name is right, with the key
-        self.hosts = {*LOOPBACK, *settings.allow_hosts} if local else None
+        self.hosts = {"127.0.0.1", "localhost", "[::1]", *settings.allow_hosts} if local else None
         self.origins = settings.allow_origins
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -157,12 +157,12 @@ class Guard:
     def check(self, scope: Scope, headers: Headers, limit: int) -> None:
         """Raise the APIError with which this request is refused, if it is."""
         host = headers.get("host", "")
-        if self.hosts is not None and address(f"//{host}", "hostname") not in self.hosts:
+        if self.hosts is not None and re.sub(r":\d*$", "", host.lower()) not in self.hosts:
             raise APIError(403, f"This server does not answer to the host name '{host}' (--allow-host).",
                            code="forbidden_host")  # fmt: skip
         origin = headers.get("origin")
         if origin not in self.origins:
-            foreign = origin is not None and address(origin) != host
+            foreign = origin not in (None, f"http://{host}", f"https://{host}")
             # A link to the page, as in README on another site, may be followed; it shows nothing to the site it is on.
             followed = scope["path"] == "/" and headers.get("sec-fetch-dest") == "document"
             elsewhere = headers.get("sec-fetch-site", "none") not in ("none", "same-origin")
@@ -203,29 +203,22 @@ class RepeatedLines(logging.Filter):
 
     def __init__(self, seconds: float = 60):
         super().__init__()
-        self.seconds, self.seen = seconds, dict[str, list[float]]()
+        self.seconds, self.seen = seconds, dict[str, tuple[float, int]]()
 
     def filter(self, record: logging.LogRecord) -> bool:
         if record.levelno < logging.WARNING:
             return True
         text, moment = record.getMessage(), time.monotonic()
-        since, count = self.seen.get(text, (moment, 0))
-        if count and moment - since < self.seconds:
-            self.seen[text][1] += 1
+        since, count = self.seen.get(text, (float("-inf"), 0))
+        if moment - since < self.seconds:
+            self.seen[text] = (since, count + 1)
             return False
         if len(self.seen) > 1000:
             self.seen.clear()
-        self.seen[text] = [moment, 1]
-        if count > 1:
-            record.msg, record.args = f"{text} (and {count - 1:.0f} times before)", None
+        self.seen[text] = (moment, 0)
+        if count:
+            record.msg, record.args = f"{text} (and {count} times before)", None
         return True
-
-
-def address(url: str, part: str = "netloc") -> str | None:
-    try:
-        return getattr(urlsplit(url), part)
-    except ValueError:  # http://[::1
-        return None
 
 
 def too_large(limit: int) -> APIError:

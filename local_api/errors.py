@@ -17,12 +17,6 @@ from openai.types import ErrorObject
 from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 
-NAME_OF_TYPE = {  # pydantic's error type: what the API calls the type that it expected
-    "string_type": "a string", "int_type": "an integer", "float_type": "a number", "bool_type": "a boolean",
-    "list_type": "an array", "dict_type": "an object", "model_type": "an object", "model_attributes_type": "an object",
-    "int_from_float": "an integer", "int_parsing": "an integer",
-}  # fmt: skip
-
 
 class ErrorResponse(BaseModel):
     error: ErrorObject
@@ -97,12 +91,10 @@ def invalid_parameter(problem: Any) -> APIError:
         return APIError(400, f"Missing required parameter: '{param}'.", param=param, code="missing_required_parameter")
     if kind == "extra_forbidden":
         return APIError(400, f"Unknown parameter: '{param}'.", param=param, code="unknown_parameter")
-    if kind in NAME_OF_TYPE:
-        message = f"Invalid type for '{param}': expected {NAME_OF_TYPE[kind]}."
-        return APIError(400, message, param=param, code="invalid_type")
     reason = re.sub("^(Input should be|[A-Z][a-z]+ should have)", "expected", problem["msg"]).rstrip(".")
     reason = reason.removeprefix("Value error, ").replace(" after validation, not ", ", got ")
-    return APIError(400, f"Invalid value for '{param}': {reason}.", param=param, code="invalid_value")
+    what = "type" if kind.endswith(("_type", "_parsing", "_from_float")) else "value"
+    return APIError(400, f"Invalid {what} for '{param}': {reason}.", param=param, code=f"invalid_{what}")
 
 
 # Part of a path that this server does not have, though others do: what to do instead. The first one counts.
@@ -130,12 +122,10 @@ def install(app: FastAPI) -> None:
 
     @app.exception_handler(HTTPException)
     async def refuse(request: Request, error: HTTPException) -> JSONResponse:
-        if not isinstance(error, APIError):
-            where = f"{request.method} {request.url.path}"
-            hint = next((hint for part, hint in LEFT_OUT.items() if part in request.url.path), "")
-            sentence = {
-                404: f"Invalid URL ({where}) {hint}".strip(),
-                405: f"Not allowed: {where}",
-            }.get(error.status_code, str(error.detail))
-            error = APIError(error.status_code, sentence, headers=error.headers)
-        return error_response(error)
+        if isinstance(error, APIError):
+            return error_response(error)
+        where = f"{request.method} {request.url.path}"
+        hint = next((hint for part, hint in LEFT_OUT.items() if part in request.url.path), "")
+        sentences = {404: f"Invalid URL ({where}) {hint}".strip(), 405: f"Not allowed: {where}"}
+        sentence = sentences.get(error.status_code, str(error.detail))
+        return error_response(APIError(error.status_code, sentence, headers=error.headers))
