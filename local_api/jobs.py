@@ -16,11 +16,10 @@ from openai.types.fine_tuning.jobs import FineTuningJobCheckpoint
 from pydantic import Field, ValidationError, ValidatorFunctionWrapHandler, WrapValidator
 
 from local_api.errors import APIError
-from local_api.files import find_file
 from local_api.job_files import flush_directory
 from local_api.models import find_model
 from local_api.shapes import MAX_PAIRS, Metadata, Page, Parameters, Router, page
-from local_api.store import CHECKPOINT, EVENT, JOB, Document, Store, StoreOfRequest, new_id, now, public
+from local_api.store import CHECKPOINT, EVENT, FILE, JOB, Document, Store, StoreOfRequest, new_id, now, public
 
 MAX_WAITING_JOBS = 100
 UNFINISHED = ("validating_files", "queued", "running", "paused")
@@ -104,10 +103,9 @@ def add_event(store: Store, job_id: str, message: str, *, level: str = "info", t
 
 
 def usable_file(store: Store, file_id: str, param: str) -> Document:
-    try:
-        document = find_file(store, file_id)
-    except APIError:
-        raise APIError(400, f"invalid {param}: {file_id}", param=param) from None
+    document = store.get(FILE, file_id)
+    if document is None:
+        raise APIError(400, f"invalid {param}: {file_id}", param=param)
     if document["purpose"] != "fine-tune":
         raise APIError(400, f"File '{file_id}' has the purpose '{document['purpose']}', expected 'fine-tune'.",
                        param=param, code="invalid_file_purpose")  # fmt: skip

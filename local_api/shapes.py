@@ -1,5 +1,6 @@
 """What all routes share: strict parameters, the API's list object, and documents sent as they are stored."""
 
+from functools import partial
 from typing import Annotated, Any, Generic, Literal, TypeVar
 
 from fastapi import APIRouter, Request
@@ -28,8 +29,12 @@ def parse_body(body: bytes, model: type[BaseModel]) -> BaseModel:
         raise invalid_parameter({**problem, "loc": ("body", *problem["loc"])}) from None
 
 
-class BoundedRoute(APIRoute):
-    """A route that parses and validates a JSON body beside the event loop: a large one takes a while."""
+class Route(APIRoute):
+    """A route that parses and validates a JSON body beside the event loop, as a large one takes a while. Its answers
+    hold the keys that the document has and no others: absent is not the same as null."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **{**kwargs, "response_model_exclude_unset": True})
 
     def get_route_handler(self) -> Any:
         handle = super().get_route_handler()
@@ -45,14 +50,7 @@ class BoundedRoute(APIRoute):
         return handle_bounded
 
 
-class Router(APIRouter):
-    """A router whose answers hold the keys that the document has and no others: absent is not the same as null."""
-
-    def __init__(self, **kwargs: Any) -> None:
-        super().__init__(route_class=BoundedRoute, **kwargs)
-
-    def add_api_route(self, *args: Any, **kwargs: Any) -> None:
-        super().add_api_route(*args, **{**kwargs, "response_model_exclude_unset": True})
+Router = partial(APIRouter, route_class=Route)
 
 
 class Parameters(BaseModel):

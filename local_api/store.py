@@ -17,7 +17,6 @@ import os
 import secrets
 import shutil
 import sqlite3
-import string
 import threading
 import time
 from collections.abc import Iterator
@@ -57,7 +56,7 @@ def now() -> int:
 
 
 def new_id(prefix: str, length: int = 24) -> str:
-    return prefix + "".join(secrets.choice(string.ascii_letters + string.digits) for _ in range(length))
+    return prefix + secrets.token_hex(length // 2)
 
 
 def event_id(job_id: str, what: str) -> str:
@@ -255,7 +254,7 @@ class Store:
         """Yield a file that appears under `path`, complete and flushed to disk, if the block ends without error."""
         unfinished = self.temporary / new_id("")
         try:
-            with open(unfinished, "w+b") as file:
+            with open(unfinished, "wb") as file:
                 yield file
                 file.flush()
                 os.fsync(file.fileno())
