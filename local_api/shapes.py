@@ -11,7 +11,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 from local_api.errors import APIError, invalid_parameter
 from local_api.store import Document
 
-MAX_COMMAS = 500_000  # in a JSON body: 2,048 messages have 10,000, and a text with so many fits no model's context
+MAX_COMMAS = 200_000  # in a JSON body: 2,048 messages have 10,000, and a text with so many fits no model's context
 MAX_NAMES = 100  # in an object of parameters
 MAX_PAIRS = 16  # of metadata: the API's limit
 

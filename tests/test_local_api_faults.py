@@ -196,7 +196,7 @@ def refusal(answer, param):
 
 
 @pytest.mark.parametrize("path, body, param", [
-    ("responses", {"model": "tiny-base", "input": [1] * 600_000}, None),
+    ("responses", {"model": "tiny-base", "input": [1] * 201_000}, None),
     ("chat/completions", {"model": "tiny-base", "messages": [1] * 2000}, "messages[0]"),
     ("chat/completions", {"model": "tiny-base", "messages": [{"role": "user", "content": "x"}], "stop": [1] * 50_000},
      "stop[0]"),
