@@ -66,7 +66,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--max-memory", type=memory_size, metavar="SIZE",
                         help="what loaded models may take together, for instance 3GB; those unused for longest are "
                              "dropped (default: half of the machine's memory, 80%% of a GPU's)")  # fmt: skip
-    parser.add_argument("--launcher", type=command_words, metavar="COMMAND",
+    parser.add_argument("--launcher", type=shlex.split, metavar="COMMAND",
                         help="what starts the trainer on several GPUs or machines, for instance 'accelerate launch "
                              "--config_file examples/scaling/several_gpus.yaml' (default: this Python)")  # fmt: skip
     parser.add_argument("--load-in-4bit", action="store_true",
@@ -85,13 +85,6 @@ def memory_size(text: str) -> int:
         sentence = "is no size of at least 1 MB; write a number with MB, GB or TB, for instance 3GB"
         raise argparse.ArgumentTypeError(f"'{text}' {sentence}")
     return wanted
-
-
-def command_words(text: str) -> list[str]:
-    try:
-        return shlex.split(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(f"{text} is no command ({error})".lower()) from None
 
 
 def main(argv: list[str] | None = None) -> int:

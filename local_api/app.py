@@ -3,6 +3,7 @@
 import asyncio
 import hmac
 import logging
+import re
 import sys
 import threading
 import time
@@ -11,15 +12,14 @@ from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 from fastapi import FastAPI
 from starlette.datastructures import Headers
-from starlette.responses import Response
+from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from local_api import answers, base_models, chat, errors, files, jobs, models, page, responses, uploads
+from local_api import answers, base_models, chat, errors, files, jobs, models, page, responses
 from local_api.errors import APIError
 from local_api.generation import EngineError, GenerationRequest
 from local_api.store import Store, new_id
@@ -53,8 +53,6 @@ def create_app(settings: Settings, *, engine: Any = None, trainer_command: Seque
     engine: what answers chat requests; the default is local_api.engine.Engine, started at the first request.
     trainer_command: run with a job's directory as its last argument.
     """
-    if settings.host not in LOOPBACK and not settings.api_key:
-        raise ValueError("a server that other machines can reach needs an api_key")
     app = FastAPI(title="local_api", version="1", lifespan=lifespan, docs_url=None, redoc_url=None,
                   responses=errors.RESPONSES)  # fmt: skip
     data_dir = settings.data_dir.resolve()
@@ -64,12 +62,16 @@ def create_app(settings: Settings, *, engine: Any = None, trainer_command: Seque
     app.state.generating = answers.Generating(app.state)
     app.state.forget_model = lambda model_id: app.state.engine and app.state.engine.forget(model_id)
     app.state.worker = Worker(store, app.state.models, trainer_command)
-    for part in (files, uploads, jobs, models, chat, responses):
+    for part in (files, jobs, models, chat, responses):
         app.include_router(part.router)
     page.add_routes(app)
     app.add_api_route("/healthz", lambda: {"status": "ok"}, include_in_schema=False)
     errors.install(app)
     app.add_middleware(Guard, settings=settings)  # type: ignore[arg-type]
+    if settings.allow_origins:  # whose pages may read what the Guard lets through, and its refusals
+        app.add_middleware(CORSMiddleware, allow_origins=settings.allow_origins, allow_headers=["*"],
+                           allow_methods=["GET", "POST", "DELETE"], allow_private_network=True,
+                           expose_headers=["x-request-id", "retry-after"])  # fmt: skip
     return app
 
 
@@ -108,7 +110,7 @@ class Guard:
         self.app = app
         self.key = settings.api_key
         local = settings.host in LOOPBACK  # otherwise any name is right, with the key
-        self.hosts = {*LOOPBACK, *settings.allow_hosts} if local else None
+        self.hosts = {"127.0.0.1", "localhost", "[::1]", *settings.allow_hosts} if local else None
         self.origins = settings.allow_origins
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -117,7 +119,7 @@ class Guard:
         started, request_id, status = time.monotonic(), new_id("req_"), 0
         state = scope.setdefault("state", {})
         headers = Headers(scope=scope)
-        limit = body_limit(scope["path"])
+        limit = files.MAX_FILE_BYTES if scope["path"].startswith("/v1/files") else MAX_JSON_BYTES
         received = 0
 
         async def receive_within_limit() -> Message:
@@ -132,16 +134,11 @@ class Guard:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                milliseconds = f"{(time.monotonic() - started) * 1000:.0f}".encode()
-                message["headers"] = [*message["headers"], *allowed, (b"x-request-id", request_id.encode()),
-                                      (b"openai-processing-ms", milliseconds)]  # fmt: skip
+                message["headers"] = [*message["headers"], (b"x-request-id", request_id.encode())]
             await send(message)
 
-        allowed = self.cross_origin(headers)
         try:
             self.check(scope, headers, limit)
-            if scope["method"] == "OPTIONS" and allowed:
-                return await Response(status_code=204)(scope, receive, send_with_id)
             await self.app(scope, receive_within_limit, send_with_id)
         except Exception as error:
             if not isinstance(error, APIError):
@@ -160,42 +157,28 @@ class Guard:
     def check(self, scope: Scope, headers: Headers, limit: int) -> None:
         """Raise the APIError with which this request is refused, if it is."""
         host = headers.get("host", "")
-        if self.hosts is not None and address(f"//{host}", "hostname") not in self.hosts:
+        if self.hosts is not None and re.sub(r":\d*$", "", host.lower()) not in self.hosts:
             raise APIError(403, f"This server does not answer to the host name '{host}' (--allow-host).",
                            code="forbidden_host")  # fmt: skip
         origin = headers.get("origin")
         if origin not in self.origins:
-            foreign = origin is not None and address(origin) != host
+            foreign = origin not in (None, f"http://{host}", f"https://{host}")
             # A link to the page, as in README on another site, may be followed; it shows nothing to the site it is on.
             followed = scope["path"] == "/" and headers.get("sec-fetch-dest") == "document"
             elsewhere = headers.get("sec-fetch-site", "none") not in ("none", "same-origin")
             if foreign or (elsewhere and not followed):
                 sentence = "This server does not answer web pages of other origins (--allow-origin)."
                 raise APIError(403, sentence, code="forbidden_origin")
-        if self.key is not None and scope["method"] != "OPTIONS" and scope["path"] not in ("/healthz", *page.FILES):
-            self.check_key(headers.get("authorization", ""))
+        if self.key is not None and scope["path"] not in ("/healthz", *page.FILES):
+            sent = headers.get("authorization", "")
+            if not sent:
+                raise APIError(401, "You didn't provide an API key. Send it as 'Authorization: Bearer KEY'.")
+            # Headers arrive decoded as Latin-1.
+            if not hmac.compare_digest(sent.encode("latin-1"), f"Bearer {self.key}".encode()):
+                raise APIError(401, "Incorrect API key provided.", code="invalid_api_key")
         length = headers.get("content-length", "0")
         if length.isdigit() and int(length) > limit:
             raise too_large(limit)
-
-    def cross_origin(self, headers: Headers) -> list[tuple[bytes, bytes]]:
-        """Return the headers with which a browser lets a page of an allowed origin read the answer."""
-        origin = headers.get("origin")
-        if origin is None or origin not in self.origins:
-            return []
-        asked = headers.get("access-control-request-headers", "")
-        return [(b"access-control-allow-origin", origin.encode("latin-1")), (b"vary", b"Origin"),
-                (b"access-control-allow-methods", b"GET, POST, DELETE"),
-                (b"access-control-allow-headers", asked.encode("latin-1")),
-                (b"access-control-expose-headers", b"x-request-id, retry-after")]  # fmt: skip
-
-    def check_key(self, authorization: str) -> None:
-        scheme, _, key = authorization.partition(" ")
-        if not key:
-            raise APIError(401, "You didn't provide an API key. Send it as 'Authorization: Bearer KEY'.")
-        sent, expected = key.strip().encode("latin-1"), (self.key or "").encode()  # headers arrive decoded as Latin-1
-        if scheme.lower() != "bearer" or not hmac.compare_digest(sent, expected):
-            raise APIError(401, "Incorrect API key provided.", code="invalid_api_key")
 
 
 class Connection(H11Protocol):
@@ -220,37 +203,22 @@ class RepeatedLines(logging.Filter):
 
     def __init__(self, seconds: float = 60):
         super().__init__()
-        self.seconds, self.seen = seconds, dict[str, list[float]]()
+        self.seconds, self.seen = seconds, dict[str, tuple[float, int]]()
 
     def filter(self, record: logging.LogRecord) -> bool:
         if record.levelno < logging.WARNING:
             return True
         text, moment = record.getMessage(), time.monotonic()
-        since, count = self.seen.get(text, (moment, 0))
-        if count and moment - since < self.seconds:
-            self.seen[text][1] += 1
+        since, count = self.seen.get(text, (float("-inf"), 0))
+        if moment - since < self.seconds:
+            self.seen[text] = (since, count + 1)
             return False
         if len(self.seen) > 1000:
             self.seen.clear()
-        self.seen[text] = [moment, 1]
-        if count > 1:
-            record.msg, record.args = f"{text} (and {count - 1:.0f} times before)", None
+        self.seen[text] = (moment, 0)
+        if count:
+            record.msg, record.args = f"{text} (and {count} times before)", None
         return True
-
-
-def body_limit(path: str) -> int:
-    if path.startswith("/v1/files"):
-        return files.MAX_FILE_BYTES + 2**20
-    if path.startswith("/v1/uploads/") and path.endswith("/parts"):
-        return uploads.MAX_PART_BYTES + 2**20
-    return MAX_JSON_BYTES
-
-
-def address(url: str, part: str = "netloc") -> str | None:
-    try:
-        return getattr(urlsplit(url), part)
-    except ValueError:  # http://[::1
-        return None
 
 
 def too_large(limit: int) -> APIError:

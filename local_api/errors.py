@@ -13,26 +13,13 @@ from typing import Any
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
+from openai.types import ErrorObject
 from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 
-TYPE_OF_STATUS = {401: "invalid_request_error", 429: "rate_limit_error"}
-NAME_OF_TYPE = {  # pydantic's error type: what the API calls the type that it expected
-    "string_type": "a string", "int_type": "an integer", "float_type": "a number", "bool_type": "a boolean",
-    "list_type": "an array", "dict_type": "an object", "model_type": "an object", "model_attributes_type": "an object",
-    "int_from_float": "an integer", "int_parsing": "an integer",
-}  # fmt: skip
-
-
-class ErrorDetail(BaseModel):
-    message: str
-    type: str
-    param: str | None
-    code: str | None
-
 
 class ErrorResponse(BaseModel):
-    error: ErrorDetail
+    error: ErrorObject
 
 
 # For the OpenAPI document that the server has of itself at /openapi.json.
@@ -51,17 +38,14 @@ class APIError(HTTPException):
         self.param, self.code = param, code
 
 
-def not_found(kind: str, object_id: str) -> APIError:
-    return APIError(404, f"No such {kind}: {object_id}", param="id")
-
-
 def model_not_found(model: str) -> APIError:
     message = f"The model `{model}` does not exist or you do not have access to it."
     return APIError(404, message, param="model", code="model_not_found")
 
 
 def error_body(status_code: int, message: str, param: str | None = None, code: str | None = None) -> dict[str, Any]:
-    kind = TYPE_OF_STATUS.get(status_code, "invalid_request_error" if status_code < 500 else "server_error")
+    kind = "server_error" if status_code >= 500 else "invalid_request_error"
+    kind = "rate_limit_error" if status_code == 429 else kind
     return {"error": {"message": message, "type": kind, "param": param, "code": code}}
 
 
@@ -72,18 +56,19 @@ def error_response(error: APIError) -> JSONResponse:
 
 def explain(error: Exception) -> APIError:
     """Return what the client is told about an exception that no handler expected (the log holds its traceback)."""
-    sqlite_full = isinstance(error, sqlite3.OperationalError) and "full" in str(error)
-    if sqlite_full or (isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)):
-        return APIError(500, "The disk that holds the server's data directory is full.", code="server_error")
-    if isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE):
-        return APIError(500, "The server has too many files and connections open.", code="server_error")
-    if isinstance(error, sqlite3.OperationalError) and "locked" in str(error):
-        return APIError(500, "The server's database is locked by another process.", code="server_error")
-    if isinstance(error, (sqlite3.Error, OSError)):
+    number = getattr(error, "errno", None)
+    database = str(error) if isinstance(error, sqlite3.Error) else ""
+    if not isinstance(error, (sqlite3.Error, OSError)):
+        sentence = "The server had an error it was not prepared for; its log holds the details."
+    elif number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) or "full" in database:
+        sentence = "The disk that holds the server's data directory is full."
+    elif number in (errno.EMFILE, errno.ENFILE):
+        sentence = "The server has too many files and connections open."
+    elif "locked" in database:
+        sentence = "The server's database is locked by another process."
+    else:
         sentence = "The server cannot read or write its data directory; was it moved or deleted?"
-        return APIError(500, sentence, code="server_error")
-    return APIError(500, "The server had an error it was not prepared for; its log holds the details.",
-                    code="server_error")  # fmt: skip
+    return APIError(500, sentence, code="server_error")
 
 
 def parameter_name(location: tuple[int | str, ...]) -> str | None:
@@ -100,25 +85,23 @@ def invalid_parameter(problem: Any) -> APIError:
     """Put one of pydantic's complaints into the API's words: 400, with `param` and `code`."""
     kind, param = problem["type"], parameter_name(problem["loc"])
     if kind == "json_invalid" or param is None:
-        return APIError(400, "We could not parse the JSON body of your request: send an object, with the header "
-                             "Content-Type: application/json.")  # fmt: skip
+        sentence = f"We could not parse the JSON body of your request ({problem['msg']})"
+        return APIError(400, f"{sentence}: send an object, with the header Content-Type: application/json.")
     if kind == "missing":
         return APIError(400, f"Missing required parameter: '{param}'.", param=param, code="missing_required_parameter")
     if kind == "extra_forbidden":
         return APIError(400, f"Unknown parameter: '{param}'.", param=param, code="unknown_parameter")
-    if kind in NAME_OF_TYPE:
-        message = f"Invalid type for '{param}': expected {NAME_OF_TYPE[kind]}."
-        return APIError(400, message, param=param, code="invalid_type")
     reason = re.sub("^(Input should be|[A-Z][a-z]+ should have)", "expected", problem["msg"]).rstrip(".")
     reason = reason.removeprefix("Value error, ").replace(" after validation, not ", ", got ")
-    code = problem.get("ctx", {}).get("code", "invalid_value")
-    return APIError(400, f"Invalid value for '{param}': {reason}.", param=param, code=code)
+    what = "type" if kind.endswith(("_type", "_parsing", "_from_float")) else "value"
+    return APIError(400, f"Invalid {what} for '{param}': {reason}.", param=param, code=f"invalid_{what}")
 
 
 # Part of a path that this server does not have, though others do: what to do instead. The first one counts.
 LEFT_OUT = {
     "/openai/deployments": "This server has no Azure paths: use the plain OpenAI client, base URL ending in /v1.",
     "/batches": "This server has no batches: send the requests to /v1/chat/completions, as many at once as you like.",
+    "/uploads": "This server takes a file of up to 512 MB whole: POST /v1/files, in the SDK files.create.",
     "/v1/completions": "This server has chat models alone: use /v1/chat/completions.",
     "/embeddings": "This server has no embedding models.",
     "/assistants": "This server has no assistants: use /v1/chat/completions.",
@@ -139,12 +122,10 @@ def install(app: FastAPI) -> None:
 
     @app.exception_handler(HTTPException)
     async def refuse(request: Request, error: HTTPException) -> JSONResponse:
-        if not isinstance(error, APIError):
-            where = f"{request.method} {request.url.path}"
-            hint = next((hint for part, hint in LEFT_OUT.items() if part in request.url.path), "")
-            sentence = {
-                404: f"Invalid URL ({where}) {hint}".strip(),
-                405: f"Not allowed: {where}",
-            }.get(error.status_code, str(error.detail))
-            error = APIError(error.status_code, sentence, headers=error.headers)
-        return error_response(error)
+        if isinstance(error, APIError):
+            return error_response(error)
+        where = f"{request.method} {request.url.path}"
+        hint = next((hint for part, hint in LEFT_OUT.items() if part in request.url.path), "")
+        sentences = {404: f"Invalid URL ({where}) {hint}".strip(), 405: f"Not allowed: {where}"}
+        sentence = sentences.get(error.status_code, str(error.detail))
+        return error_response(APIError(error.status_code, sentence, headers=error.headers))

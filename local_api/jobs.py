@@ -13,26 +13,13 @@ from typing import Annotated, Any, Literal
 from fastapi import Query, Request
 from openai.types.fine_tuning import FineTuningJob, FineTuningJobEvent
 from openai.types.fine_tuning.jobs import FineTuningJobCheckpoint
-from pydantic import AfterValidator, BeforeValidator, Field
-from pydantic_core import PydanticCustomError
+from pydantic import Field, ValidationError, ValidatorFunctionWrapHandler, WrapValidator
 
-from local_api.errors import APIError, model_not_found
-from local_api.files import find_file
+from local_api.errors import APIError
 from local_api.job_files import flush_directory
-from local_api.models import Models, find_model
+from local_api.models import find_model
 from local_api.shapes import MAX_PAIRS, Metadata, Page, Parameters, Router, page
-from local_api.store import (
-    CHECKPOINT,
-    EVENT,
-    JOB,
-    MODEL,
-    Document,
-    Store,
-    StoreOfRequest,
-    new_id,
-    now,
-    public,
-)
+from local_api.store import CHECKPOINT, EVENT, FILE, JOB, Document, Store, StoreOfRequest, new_id, now, public
 
 MAX_WAITING_JOBS = 100
 UNFINISHED = ("validating_files", "queued", "running", "paused")
@@ -43,37 +30,36 @@ router = Router(prefix="/v1/fine_tuning/jobs", tags=["Fine-tuning"])
 # What a client may send
 
 
-def auto_or(kind: type, least: float, most: float | None, in_words: str) -> Any:
-    """Return the type of a hyperparameter: "auto" or a number of this kind and range."""
+def in_words(expected: str) -> WrapValidator:
+    """Say in one sentence what a type expects of whose alternatives each would have a complaint of its own."""
 
-    def check(value: Any) -> Any:
-        is_number = isinstance(value, (int, float) if kind is float else int) and not isinstance(value, bool)
-        in_range = is_number and (value > least if kind is float else value >= least) and (not most or value <= most)
-        if value == "auto" or (in_range and value != float("inf")):
-            return value
-        raise PydanticCustomError("value_error", "expected {expected}", {"expected": in_words})
+    def check(value: Any, validate: ValidatorFunctionWrapHandler) -> Any:
+        try:
+            return validate(value)
+        except ValidationError:
+            raise ValueError(f"expected {expected}") from None
 
-    return Annotated[Literal["auto"] | kind, BeforeValidator(check)]
+    return WrapValidator(check)
+
+
+Auto = Literal["auto"]
+Epochs = Auto | Annotated[int, Field(ge=1, le=50)]
+BatchSize = Auto | Annotated[int, Field(ge=1, le=256)]
+Multiplier = Auto | Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 
 class Hyperparameters(Parameters):
-    n_epochs: auto_or(int, 1, 50, '"auto" or an integer from 1 to 50') = "auto"  # type: ignore[valid-type]
-    batch_size: auto_or(int, 1, 256, '"auto" or an integer from 1 to 256') = "auto"  # type: ignore[valid-type]
-    learning_rate_multiplier: auto_or(float, 0, None, '"auto" or a number above 0') = "auto"  # type: ignore[valid-type]
+    n_epochs: Annotated[Epochs, in_words('"auto" or an integer from 1 to 50')] = "auto"
+    batch_size: Annotated[BatchSize, in_words('"auto" or an integer from 1 to 256')] = "auto"
+    learning_rate_multiplier: Annotated[Multiplier, in_words('"auto" or a number above 0')] = "auto"
 
 
 class Supervised(Parameters):
     hyperparameters: Hyperparameters = Hyperparameters()
 
 
-def only_supervised(method: str) -> str:
-    if method != "supervised":
-        raise ValueError(f"the method '{method}' is not supported by this server, only 'supervised'")
-    return method
-
-
 class Method(Parameters):
-    type: Annotated[Literal["supervised", "dpo", "reinforcement"], AfterValidator(only_supervised)]
+    type: Literal["supervised"]
     supervised: Supervised = Supervised()
 
 
@@ -117,10 +103,9 @@ def add_event(store: Store, job_id: str, message: str, *, level: str = "info", t
 
 
 def usable_file(store: Store, file_id: str, param: str) -> Document:
-    try:
-        document = find_file(store, file_id)
-    except APIError:
-        raise APIError(400, f"invalid {param}: {file_id}", param=param) from None
+    document = store.get(FILE, file_id)
+    if document is None:
+        raise APIError(400, f"invalid {param}: {file_id}", param=param)
     if document["purpose"] != "fine-tune":
         raise APIError(400, f"File '{file_id}' has the purpose '{document['purpose']}', expected 'fine-tune'.",
                        param=param, code="invalid_file_purpose")  # fmt: skip
@@ -144,26 +129,21 @@ def fill(directory: Path, store: Store, files: dict[str, Document], parent: Docu
         if "_adapter" in parent:
             shutil.copytree(store.data_dir / parent["_adapter"], directory / "parent", copy_function=link_or_copy)
             flush_directory(directory / "parent")
-    except (FileNotFoundError, shutil.Error):  # deleted in this very moment?
-        for file in files.values():
-            find_file(store, file["id"])
-        if store.get(MODEL, parent["id"]) is None:
-            raise model_not_found(parent["id"]) from None
-        raise
+    except (FileNotFoundError, shutil.Error):
+        raise APIError(404, "A file or the model of this job was deleted while the job was made.") from None
     flush_directory(directory)
     flush_directory(directory.parent)
 
 
 @router.post("", response_model=Job)
 def create_job(request: Request, store: StoreOfRequest, job: JobRequest) -> Document:
-    models: Models = request.app.state.models
     if job.integrations:
         raise APIError(400, "Integrations are not supported by this server.", param="integrations",
                        code="unsupported_parameter")  # fmt: skip
     if len(store.find(JOB, "json_extract(document, '$.status') IN (?, ?, ?, ?)", UNFINISHED)) >= MAX_WAITING_JOBS:
         raise APIError(429, f"{MAX_WAITING_JOBS} jobs are waiting already; wait until one has finished.",
                        code="rate_limit_exceeded")  # fmt: skip
-    parent = find_model(models, job.model)
+    parent = find_model(request.app.state.models, job.model)
     files = {"training": usable_file(store, job.training_file, "training_file")}
     if job.validation_file:
         files["validation"] = usable_file(store, job.validation_file, "validation_file")
@@ -196,7 +176,7 @@ def create_job(request: Request, store: StoreOfRequest, job: JobRequest) -> Docu
         "integrations": [],
         "metadata": job.metadata,
         "user_provided_suffix": job.suffix,
-        "_base": models.base_of(job.model),
+        "_base": parent.get("_base", job.model),
         "_suffix": re.sub(r"[^a-z0-9._]+", "-", (job.suffix or "").lower()).strip("-."),  # it becomes part of an id
     }
     directory = store.job_dir(job_id)
@@ -222,20 +202,15 @@ def list_jobs(request: Request, store: StoreOfRequest, after: str | None = None,
 
 def metadata_filter(request: Request) -> tuple[str, tuple[str, ...]]:
     """Turn `metadata[k]=v` (several must all hold) or `metadata=null` of the query into a condition for Store.page."""
-    conditions, parameters = ["1"], []
-    for name, value in request.query_params.multi_items():
-        if name == "metadata":
-            if value != "null":
-                raise APIError(400, "Invalid value for 'metadata': use metadata[key]=value, or metadata=null.",
-                               param="metadata", code="invalid_value")  # fmt: skip
-            conditions.append("json_type(document, '$.metadata') = 'null'")
-        elif name.startswith("metadata[") and name.endswith("]"):
-            conditions.append("EXISTS (SELECT 1 FROM json_each(document, '$.metadata') WHERE key = ? AND value = ?)")
-            parameters += [name[len("metadata[") : -1], value]
-        if len(conditions) > MAX_PAIRS + 1:
-            raise APIError(400, f"At most {MAX_PAIRS} pairs of 'metadata' are allowed.", param="metadata",
-                           code="invalid_value")  # fmt: skip
-    return " AND ".join(conditions), tuple(parameters)
+    sent = request.query_params.multi_items()
+    pairs = [(name[len("metadata[") : -1], value) for name, value in sent if name.startswith("metadata[")]
+    if len(pairs) > MAX_PAIRS:
+        raise APIError(400, f"At most {MAX_PAIRS} pairs of 'metadata' are allowed.", param="metadata",
+                       code="invalid_value")  # fmt: skip
+    conditions = ["EXISTS (SELECT 1 FROM json_each(document, '$.metadata') WHERE key = ? AND value = ?)"] * len(pairs)
+    if ("metadata", "null") in sent:
+        conditions.append("json_type(document, '$.metadata') = 'null'")
+    return " AND ".join(conditions) or "1", tuple(text for pair in pairs for text in pair)
 
 
 @router.get("/{job_id}", response_model=Job)
@@ -251,9 +226,12 @@ ACTIONS = {
 }
 
 
-def change_status(request: Request, job_id: str, action: str) -> Document:
+@router.post("/{job_id}/cancel", response_model=Job)
+@router.post("/{job_id}/pause", response_model=Job)
+@router.post("/{job_id}/resume", response_model=Job)
+def change_status(request: Request, store: StoreOfRequest, job_id: str) -> Document:
     """Give the job the action's status if it has one that allows it (else the API's 400); the worker follows it."""
-    store: Store = request.app.state.store
+    action = request.url.path.rpartition("/")[2]
     allowed, status, called = ACTIONS[action]
     with store.transaction():
         job = find_job(store, job_id)
@@ -265,21 +243,6 @@ def change_status(request: Request, job_id: str, action: str) -> Document:
         job = store.update(JOB, job_id, status=status, estimated_finish=None, finished_at=finished_at)
     request.app.state.worker.wake()
     return public(job)
-
-
-@router.post("/{job_id}/cancel", response_model=Job)
-def cancel_job(request: Request, job_id: str) -> Document:
-    return change_status(request, job_id, "cancel")
-
-
-@router.post("/{job_id}/pause", response_model=Job)
-def pause_job(request: Request, job_id: str) -> Document:
-    return change_status(request, job_id, "pause")
-
-
-@router.post("/{job_id}/resume", response_model=Job)
-def resume_job(request: Request, job_id: str) -> Document:
-    return change_status(request, job_id, "resume")
 
 
 @router.get("/{job_id}/events", response_model=Page[FineTuningJobEvent])

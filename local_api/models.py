@@ -64,10 +64,6 @@ class Models:
         # A fine-tuned model outlives a restart without its base among --base-model: the base's source is on record.
         return "_base" in document or document["id"] in self.base_ids
 
-    def base_of(self, model_id: str) -> str:
-        """Return the id of the base model: of a fine-tuned model the one it was trained from, of a base its own."""
-        return self.find(model_id).get("_base", model_id)
-
     def root_of(self, base_id: str) -> str:
         """Return the name that a base model has outside this server, where its id may be an alias."""
         document = self.store.get(MODEL, base_id)
@@ -121,11 +117,10 @@ def delete_model(request: Request, model: str) -> Document:
         raise APIError(403, f"{model} is a base model and cannot be deleted.", param="model")
     with store.transaction():
         gone = [document, *(one for one in store.find(MODEL) if one["id"].startswith(f"{model}:ckpt-step-"))]
-        for one in gone:
-            store.delete(MODEL, one["id"])
-            for checkpoint in store.find(CHECKPOINT, "json_extract(document, '$.fine_tuned_model_checkpoint') = ?",
-                                         (one["id"],)):  # fmt: skip
-                store.delete(CHECKPOINT, checkpoint["id"])
+        names = {one["id"] for one in gone}
+        checkpoints = [one for one in store.find(CHECKPOINT) if one["fine_tuned_model_checkpoint"] in names]
+        for one in gone + checkpoints:
+            store.delete(one["object"], one["id"])
     for one in gone:
         request.app.state.forget_model(one["id"])
         shutil.rmtree(store.data_dir / one["_adapter"], ignore_errors=True)

@@ -6,7 +6,7 @@ report a step again, and each is in the store once, whatever a kill or a power c
 
 from pathlib import Path
 
-from local_api.files import add_file, new_file
+from local_api.files import add_file
 from local_api.job_files import parse, whole_reports
 from local_api.jobs import add_event
 from local_api.store import CHECKPOINT, JOB, MODEL, Document, Store, event_id, new_id, now
@@ -71,7 +71,7 @@ class Reports:
                 self.add_model(job, model, adapter)
             with open(self.directory / "result.csv", "rb") as results:
                 same = job_id.replace("ftjob-", "file-")  # when it is recorded again
-                file = add_file(store, results, new_file("step_metrics.csv", "fine-tune-results", id=same))
+                file = add_file(store, results, "step_metrics.csv", "fine-tune-results", same)
             add_event(store, job_id, f"New fine-tuned model created: {name}")
             add_event(store, job_id, "The job has successfully completed")
             end = {"status": "succeeded", "finished_at": now(), "estimated_finish": None, "fine_tuned_model": name}

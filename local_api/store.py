@@ -17,7 +17,6 @@ import os
 import secrets
 import shutil
 import sqlite3
-import string
 import threading
 import time
 from collections.abc import Iterator
@@ -31,7 +30,7 @@ from local_api.errors import APIError
 from local_api.job_files import flush_directory
 
 # The API's `object` names the kind.
-FILE, UPLOAD, PART, MODEL = "file", "upload", "upload.part", "model"
+FILE, MODEL = "file", "model"
 JOB, EVENT, CHECKPOINT = "fine_tuning.job", "fine_tuning.job.event", "fine_tuning.job.checkpoint"
 VERSION = 1  # of what follows and of the documents in it; 0 knew the trainer's events by their place in its file
 SCHEMA = (
@@ -39,7 +38,7 @@ SCHEMA = (
     seq INTEGER PRIMARY KEY AUTOINCREMENT,  -- the order of creation, which all lists follow
     id TEXT NOT NULL UNIQUE,
     kind TEXT NOT NULL,
-    parent_id TEXT,                         -- of an event, checkpoint or model its job, of a part its upload
+    parent_id TEXT,                         -- of an event, checkpoint or model its job
     document TEXT NOT NULL
 )""",
     "CREATE INDEX objects_of_kind ON objects (kind, parent_id, seq)",
@@ -57,7 +56,7 @@ def now() -> int:
 
 
 def new_id(prefix: str, length: int = 24) -> str:
-    return prefix + "".join(secrets.choice(string.ascii_letters + string.digits) for _ in range(length))
+    return prefix + secrets.token_hex(length // 2)
 
 
 def event_id(job_id: str, what: str) -> str:
@@ -91,8 +90,7 @@ class Store:
         self._idle: list[sqlite3.Connection] = []
         path = data_dir / "state.sqlite3"
         try:
-            with self._connection() as db:
-                prepare(db, path)
+            self._prepare(path)
         except sqlite3.OperationalError as error:  # a full disk, a lock
             raise StoreError(f"{path} cannot be used ({error}).") from None
         except sqlite3.DatabaseError as error:
@@ -121,12 +119,45 @@ class Store:
         while self._idle:
             self._idle.pop().close()
 
+    def _prepare(self, path: Path) -> None:
+        """Make the tables, or bring those of an older version up to date: in one transaction, after a copy."""
+        found = self._query("PRAGMA quick_check(1)")[0][0]
+        if found != "ok":
+            raise sqlite3.DatabaseError(found)
+        tables = {row[0] for row in self._query("SELECT name FROM sqlite_master WHERE name NOT LIKE 'sqlite_%'")}
+        if not tables <= {"objects", "objects_of_kind"}:
+            raise StoreError(f"{path} is not a database of this server; {CURE}.")
+        version = self._query("PRAGMA user_version")[0][0]
+        if version > VERSION:
+            raise StoreError(f"{path} was written by a newer version of this server; start that one.")
+        if version == VERSION:
+            return
+        if tables:
+            copy = path.with_name(f"{path.name}.version-{version}")
+            copy.unlink(missing_ok=True)
+            self._query("VACUUM INTO ?", (str(copy),))
+            log.warning("%s is brought to version %s; a copy of it stays as %s", path, VERSION, copy.name)
+        with self.transaction():
+            for statement in () if tables else SCHEMA:
+                self._query(statement)
+            self._upgrade()
+            self._query(f"PRAGMA user_version = {VERSION}")
+
+    def _upgrade(self) -> None:
+        """0 to 1: what a trainer has reported is known by the id of its event."""
+        for seq, job_id, text in self._query("SELECT seq, parent_id, document FROM objects WHERE kind = ?", (EVENT,)):
+            event = json.loads(text)
+            if event["type"] == "metrics":
+                event["id"] = event_id(job_id, f"step {event['data']['step']}")
+                values = (event["id"], json.dumps(event), seq)
+                self._query("UPDATE OR IGNORE objects SET id = ?, document = ? WHERE seq = ?", values)
+
     def _move_strays(self) -> None:
         """Move to strays/ what the database does not know, and back what it knows (again). Nothing is deleted.
 
         A kill between writing bytes and recording them leaves such strays; so does a database that was lost.
         """
-        known = {row[0] for row in self._query("SELECT id FROM objects WHERE kind IN (?, ?, ?)", (FILE, JOB, PART))}
+        known = {row[0] for row in self._query("SELECT id FROM objects WHERE kind IN (?, ?)", (FILE, JOB))}
         moved = []
         for folder in ("files", "jobs"):
             here, strays = self.data_dir / folder, self.data_dir / "strays" / folder
@@ -223,7 +254,7 @@ class Store:
         """Yield a file that appears under `path`, complete and flushed to disk, if the block ends without error."""
         unfinished = self.temporary / new_id("")
         try:
-            with open(unfinished, "w+b") as file:
+            with open(unfinished, "wb") as file:
                 yield file
                 file.flush()
                 os.fsync(file.fileno())
@@ -231,49 +262,6 @@ class Store:
             flush_directory(path.parent)
         finally:
             unfinished.unlink(missing_ok=True)
-
-
-def prepare(db: sqlite3.Connection, path: Path) -> None:
-    """Make the tables, or bring those of an older version up to date: in one transaction, after a copy."""
-    found = db.execute("PRAGMA quick_check(1)").fetchone()[0]
-    if found != "ok":
-        raise sqlite3.DatabaseError(found)
-    tables = {row[0] for row in db.execute("SELECT name FROM sqlite_master WHERE name NOT LIKE 'sqlite_%'")}
-    if not tables <= {"objects", "objects_of_kind"}:
-        raise StoreError(f"{path} is not a database of this server; {CURE}.")
-    version = db.execute("PRAGMA user_version").fetchone()[0]
-    if version > VERSION:
-        raise StoreError(f"{path} was written by a newer version of this server; start that one.")
-    if version == VERSION:
-        return
-    if tables:
-        copy = path.with_name(f"{path.name}.version-{version}")
-        copy.unlink(missing_ok=True)
-        db.execute("VACUUM INTO ?", (str(copy),))
-        log.warning("%s is brought from version %s to %s; a copy of it stays as %s", path, version, VERSION, copy.name)
-    db.execute("BEGIN IMMEDIATE")
-    try:
-        if tables:
-            upgrade(db)
-        else:
-            for statement in SCHEMA:
-                db.execute(statement)
-        db.execute(f"PRAGMA user_version = {VERSION}")
-        db.execute("COMMIT")
-    finally:
-        if db.in_transaction:
-            db.execute("ROLLBACK")
-
-
-def upgrade(db: sqlite3.Connection) -> None:
-    """0 to 1: what a trainer has reported is known by the id of its event."""
-    events = db.execute("SELECT seq, parent_id, document FROM objects WHERE kind = ?", (EVENT,)).fetchall()
-    for seq, job_id, text in events:
-        event = json.loads(text)
-        if event["type"] == "metrics":
-            event["id"] = event_id(job_id, f"step {event['data']['step']}")
-            values = (event["id"], json.dumps(event), seq)
-            db.execute("UPDATE OR IGNORE objects SET id = ?, document = ? WHERE seq = ?", values)
 
 
 def move(path: Path, folder: Path) -> str:

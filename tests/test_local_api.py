@@ -4,7 +4,6 @@ Every answer is checked twice: by the SDK's strict response validation and again
 """
 
 import asyncio
-import hashlib
 import json
 import socket
 import sqlite3
@@ -96,13 +95,11 @@ def test_a_file_comes_back_as_it_was_sent(client, http):
         refusal(lambda gone=gone: gone(file.id), 404, "id")
 
 
-@pytest.mark.parametrize("purpose", ["assistants", "batch", "fine-tune", "vision", "user_data", "evals"])
-def test_every_purpose_of_the_api_is_taken(server, client, purpose):
-    lenient = openai.OpenAI(base_url=client.base_url, api_key="any")  # neither SDK nor document know `evals` in answers
-    file = lenient.files.create(file=("x.jsonl", training_file()), purpose=purpose)
-    assert lenient.files.list(purpose=purpose).data[0].purpose == purpose
-    assert (file.expires_at is not None) == (purpose == "batch")
-    lenient.files.delete(file.id)
+@pytest.mark.parametrize("purpose", ["assistants", "batch", "fine-tune", "vision", "user_data"])
+def test_every_purpose_of_the_api_is_taken(client, purpose):
+    file = client.files.create(file=("x.jsonl", training_file()), purpose=purpose)
+    assert client.files.list(purpose=purpose).data[0].purpose == purpose
+    client.files.delete(file.id)
 
 
 def test_file_lists_page_both_ways_and_filter_by_purpose(client):
@@ -132,20 +129,10 @@ def test_an_empty_file_is_refused(client):
 
 def test_upload_parameters_are_checked(client, http):
     refusal(lambda: client.files.create(file=b"{}", purpose="training"), 400, "purpose", "invalid_value")
+    lifetime = {"anchor": "created_at", "seconds": 3600}
+    refusal(lambda: upload(client, expires_after=lifetime), 400, "expires_after[anchor]", "unknown_parameter")
     answer = http.post("/v1/files", data={"purpose": "fine-tune"})
     assert answer.status_code == 400 and answer.json()["error"]["param"] == "file"
-
-
-def test_a_file_expires(client, server):
-    file = upload(client, expires_after={"anchor": "created_at", "seconds": 3600})
-    assert file.expires_at == file.created_at + 3600
-    bounds = {"anchor": "created_at", "seconds": 60}
-    refusal(lambda: upload(client, expires_after=bounds), 400, "expires_after[seconds]", "invalid_value")
-    store = server[1].state.store
-    store.update("file", file.id, expires_at=file.created_at)  # time passes
-    assert file.id not in [one.id for one in client.files.list()]
-    refusal(lambda: client.files.retrieve(file.id), 404, "id")
-    assert not store.file_path(file.id).exists()
 
 
 @pytest.mark.parametrize("name", ["../../etc/passwd", "..\\..\\x.jsonl", "/abs/x.jsonl", "a\x00b.jsonl", "ü💥.jsonl"])
@@ -161,51 +148,6 @@ def test_no_path_from_a_client_reaches_the_file_system(http, path):
         answer = http.get("/v1/" + route.format(path))
         assert answer.status_code == 404 or answer.url.path.rstrip("/") == "/v1"  # a client resolves `..` by itself
         assert http.delete("/v1/" + route.format(path)).status_code in (404, 405)
-
-
-# Uploads
-
-
-def test_an_upload_in_parts_becomes_a_file(client, http, server):
-    content = training_file()
-    announced = {"filename": "big.jsonl", "purpose": "fine-tune", "bytes": len(content), "mime_type": "text/jsonl"}
-    upload = conforms(http.post("/v1/uploads", json=announced).json(), "POST /uploads")
-    assert upload["status"] == "pending" and upload["expires_at"] == upload["created_at"] + 3600
-    path = f"/v1/uploads/{upload['id']}"
-    parts = [http.post(f"{path}/parts", files={"data": half}).json() for half in (content[500:], content[:500])]
-    conforms(parts[0], "POST /uploads/{upload_id}/parts")
-    ids = [part["id"] for part in parts]
-    for body, param in (({"part_ids": ids, "md5": "0" * 32}, "md5"), ({"part_ids": ids[:1]}, "part_ids"),
-                        ({"part_ids": ["part_unknown"]}, "part_ids"), ({"part_ids": []}, "part_ids")):  # fmt: skip
-        answer = http.post(f"{path}/complete", json=body)
-        assert answer.status_code == 400 and answer.json()["error"]["param"] == param
-    md5 = hashlib.md5(content).hexdigest()
-    done = http.post(f"{path}/complete", json={"part_ids": ids[::-1], "md5": md5}).json()
-    assert conforms(done, "POST /uploads/{upload_id}/complete")["status"] == "completed"
-    assert client.files.content(done["file"]["id"]).content == content
-    assert http.post(f"{path}/cancel").status_code == 400
-    assert not any(server[1].state.store.file_path(part_id).exists() for part_id in ids)
-
-
-def test_the_sdk_uploads_in_chunks(client, tmp_path):
-    (tmp_path / "big.jsonl").write_bytes(training_file())
-    upload = client.uploads.upload_file_chunked(file=tmp_path / "big.jsonl", mime_type="text/jsonl",
-                                                purpose="fine-tune", part_size=300)  # fmt: skip
-    assert client.files.content(upload.file.id).content == training_file()
-
-
-def test_uploads_are_cancelled_and_expire(client, http, server):
-    arguments = {"filename": "x", "purpose": "user_data", "bytes": 1, "mime_type": "text/plain"}
-    upload = client.uploads.create(**arguments)
-    part = client.uploads.parts.create(upload.id, data=b"x")
-    cancelled = conforms(http.post(f"/v1/uploads/{upload.id}/cancel").json(), "POST /uploads/{upload_id}/cancel")
-    assert cancelled["status"] == "cancelled" and not server[1].state.store.file_path(part.id).exists()
-    refusal(lambda: client.uploads.parts.create(upload.id, data=b"x"), 400, None, "invalid_status")
-    late = client.uploads.create(**arguments)
-    server[1].state.store.update("upload", late.id, expires_at=late.created_at)  # time passes
-    assert "expired" in refusal(lambda: client.uploads.complete(late.id, part_ids=["x"]), 400, None, "invalid_status")
-    refusal(lambda: client.uploads.cancel("upload_unknown"), 404, "id")
-    refusal(lambda: client.uploads.create(**{**arguments, "bytes": 9 * 2**30}), 400, "bytes", "invalid_value")
 
 
 # Jobs
@@ -397,7 +339,7 @@ def test_the_price_that_azures_own_scripts_name_is_accepted(client):
     ({"seed": -1}, 400, "seed", "invalid_value"),
     ({"seed": "1"}, 400, "seed", "invalid_type"),
     ({"metadata": {str(n): "x" for n in range(17)}}, 400, "metadata", "invalid_value"),
-    ({"metadata": {"k" * 65: "x"}}, 400, "metadata", "invalid_value"),
+    ({"metadata": {"k": "x" * 513}}, 400, "metadata.k", "invalid_value"),
     ({"metadata": {"k": 1}}, 400, "metadata.k", "invalid_type"),
     ({"method": {"type": "dpo", "dpo": {}}}, 400, "method.type", "invalid_value"),
     ({"method": {"type": "reinforcement"}}, 400, "method.type", "invalid_value"),
@@ -596,7 +538,7 @@ USER = {"role": "user", "content": "hi"}
     ({"messages": [USER, {"role": "tool", "content": "x"}]}, 400, "messages[1].role", "invalid_value"),
     ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]}, 400,
      "messages[0].content", "invalid_value"),
-    ({"messages": [{"role": "user", "content": "\ud800"}]}, 400, None, "invalid_value"),
+    ({"messages": [{"role": "user", "content": "\ud800"}]}, 400, None, None),
     ({"n": 0}, 400, "n", "invalid_value"),
     ({"n": "2"}, 400, "n", "invalid_type"),
     ({"n": True}, 400, "n", "invalid_type"),
@@ -740,6 +682,7 @@ def test_errors_outside_the_routes_have_the_same_shape(http):
 
 @pytest.mark.parametrize("path, hint", [
     ("/openai/deployments/x/chat/completions", "no Azure paths"), ("/v1/batches", "no batches"),
+    ("/v1/uploads/upload_1/parts", "files.create"),
     ("/v1/completions", "use /v1/chat/completions"), ("/v1/embeddings", "no embedding models"),
     ("/v1/responses/resp_1", "keeps no responses"), ("/chat/completions", "must end in /v1"),
     ("/v1/v1/chat/completions", "ends in /v1 once"),
@@ -749,10 +692,9 @@ def test_what_is_not_there_says_what_to_do_instead(http, path, hint):
     assert answer.status_code == 404 and hint in answer.json()["error"]["message"]
 
 
-def test_the_base_url_says_what_it_is(http, server):
+def test_the_base_url_says_what_it_is(http):
     for path in ("/v1", "/v1/"):
-        assert http.get(path).json()["page"] == f"{server[0]}/"
-        shown = http.get(path, headers={"Accept": "text/html,*/*"})
+        shown = http.get(path)
         assert shown.headers["content-type"].startswith("text/html") and '<a href="/">the web page</a>' in shown.text
 
 

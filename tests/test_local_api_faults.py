@@ -22,12 +22,10 @@ import pytest
 from local_api_doubles import ENDS, running, steps, training_file, wait_for, wait_until
 
 from conftest import ROOT
-from local_api import base_models, chat, jobs, processes, reports, shapes, train, uploads, worker
+from local_api import base_models, chat, jobs, processes, reports, train, worker
 from local_api.app import RepeatedLines
 from local_api.base_models import ModelOutOfReach
-from local_api.errors import APIError
 from local_api.models import Models
-from local_api.shapes import parse_body
 from local_api.store import Store
 
 
@@ -198,8 +196,7 @@ def refusal(answer, param):
 
 
 @pytest.mark.parametrize("path, body, param", [
-    ("uploads/upload_x/complete", {"part_ids": list(range(90_000))}, "part_ids[0]"),
-    ("uploads/upload_x/complete", {"part_ids": [1] * 200_000}, None),
+    ("responses", {"model": "tiny-base", "input": [1] * 201_000}, None),
     ("chat/completions", {"model": "tiny-base", "messages": [1] * 2000}, "messages[0]"),
     ("chat/completions", {"model": "tiny-base", "messages": [{"role": "user", "content": "x"}], "stop": [1] * 50_000},
      "stop[0]"),
@@ -217,24 +214,16 @@ def test_lists_and_objects_are_bounded_before_their_items_are_looked_at(server, 
     refusal(httpx2.post(f"{server[0]}/v1/{path}", json=body), param)
 
 
-@pytest.mark.parametrize("text", ['",', "\\,", '"', ",", "\\"])
-def test_a_text_of_commas_and_quotes_is_no_list_of_values(text):
-    body = {"text": text * 200_000}
-    assert parse_body(json.dumps(body).encode(), None) == body
-    with pytest.raises(APIError, match="more than 100,000 values"):
-        parse_body(json.dumps({**body, "list": [text] * 100_001}).encode(), None)
-
-
-@pytest.mark.parametrize("what, name", [(shapes, "has_many_values"), (chat.ChatRequest, "model_validate")])
-def test_the_server_answers_while_a_body_is_parsed_or_validated(server, monkeypatch, what, name):
-    begun, may_end, do, answers = threading.Event(), threading.Event(), getattr(what, name), []
+def test_the_server_answers_while_a_body_is_parsed_and_validated(server, monkeypatch):
+    begun, may_end, answers = threading.Event(), threading.Event(), []
+    validate = chat.ChatRequest.model_validate_json
 
     def slow(sent):
         begun.set()
         assert may_end.wait(20)
-        return do(sent)
+        return validate(sent)
 
-    monkeypatch.setattr(what, name, slow)
+    monkeypatch.setattr(chat.ChatRequest, "model_validate_json", slow)
     question = {"model": "tiny-base", "messages": [{"role": "user", "content": "hello"}]}
     asking = threading.Thread(target=lambda: answers.append(
         httpx2.post(f"{server[0]}/v1/chat/completions", json=question, timeout=30)))  # fmt: skip
@@ -256,60 +245,6 @@ def test_a_line_that_does_not_end_is_refused(server, monkeypatch):
     content = training_file() + b"\n" + b"[" * 2000
     answer = httpx2.post(f"{server[0]}/v1/files", data={"purpose": "fine-tune"}, files={"file": content})
     assert "Line 13 of the file is longer than" in refusal(answer, "file")
-
-
-# --- uploads that several requests end ---
-
-
-def test_an_upload_that_is_completed_three_times_at_once_becomes_one_file(server):
-    client, before = connect(server[0]), len(list(connect(server[0]).files.list()))
-    content, ends = training_file(), []
-
-    def end(action, upload_id, **body):
-        ends.append(httpx2.post(f"{server[0]}/v1/uploads/{upload_id}/{action}", json=body or None).status_code)
-
-    for number in range(10):
-        upload = client.uploads.create(
-            filename="x.jsonl", purpose="fine-tune", bytes=len(content), mime_type="text/plain"
-        )
-        part = client.uploads.parts.create(upload.id, data=content)
-        actions = ["complete"] * 3 if number < 5 else ["complete", "cancel"]
-        threads = [threading.Thread(target=end, args=(action, upload.id),
-                                    kwargs={"part_ids": [part.id]} if action == "complete" else {})
-                   for action in actions]  # fmt: skip
-        ends.clear()
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-        assert sorted(ends)[0] == 200 and set(sorted(ends)[1:]) == {400}, "one request ends it"
-    files = list(client.files.list())
-    assert before + 5 <= len(files) <= before + 10
-    listed, store = {file.id for file in files}, server[1].state.store
-    on_disk = {path.name for path in store.file_path("").iterdir()}
-    assert on_disk == listed and not list(store.temporary.iterdir()), "no part and no second file stays"
-
-
-def test_the_database_is_free_while_parts_are_joined(server, monkeypatch):
-    client, content = connect(server[0]), training_file()
-    upload = client.uploads.create(filename="x.jsonl", purpose="fine-tune", bytes=len(content), mime_type="text/plain")
-    part = client.uploads.parts.create(upload.id, data=content)
-    joining, joined, join_parts = threading.Event(), threading.Event(), uploads.join_parts
-
-    def slow(*arguments):
-        joining.set()
-        assert joined.wait(20)
-        join_parts(*arguments)
-
-    monkeypatch.setattr(uploads, "join_parts", slow)
-    done = []
-    thread = threading.Thread(target=lambda: done.append(client.uploads.complete(upload.id, part_ids=[part.id])))
-    thread.start()
-    assert joining.wait(20)
-    client.files.create(file=("data.jsonl", content), purpose="fine-tune")  # needs a write transaction
-    joined.set()
-    thread.join()
-    assert done[0].status == "completed" and done[0].file.bytes == len(content)
 
 
 # --- connections ---

@@ -13,8 +13,7 @@ import fs from "fs";
 import OpenAI from "openai";
 
 const client = new OpenAI({ baseURL: process.argv[2] + "/v1", apiKey: "any", maxRetries: 0 });
-const file = await client.files.create({ file: fs.createReadStream("data.jsonl"), purpose: "fine-tune",
-                                         expires_after: { anchor: "created_at", seconds: 3600 } });
+const file = await client.files.create({ file: fs.createReadStream("data.jsonl"), purpose: "fine-tune" });
 let job = await client.fineTuning.jobs.create({
   model: "tiny-base", training_file: file.id, suffix: "node", metadata: { by: "node" },
   method: { type: "supervised", supervised: { hyperparameters: { n_epochs: 2 } } } });
@@ -41,7 +40,7 @@ try { await client.models.retrieve("unknown/model"); } catch (error) { refusal =
 const deleted = await client.models.delete(job.fine_tuned_model);
 console.log(JSON.stringify({ status: job.status, steps, listed: listed.length, checkpoints: checkpoints.data.length,
   answer: answer.choices[0].message.content, streamed, same: content === fs.readFileSync("data.jsonl", "utf8"),
-  expires: file.expires_at - file.created_at, refusal, deleted: deleted.deleted }));
+  refusal, deleted: deleted.deleted }));
 """
 
 
@@ -57,6 +56,6 @@ def test_the_node_sdk_works_unchanged(tmp_path):
     assert result.returncode == 0, result.stderr
     assert json.loads(result.stdout) == {
         "status": "succeeded", "steps": [4, 3, 2, 1], "listed": 1, "checkpoints": 2, "answer": "You said: hello ",
-        "streamed": "You said: hello ", "same": True, "expires": 3600, "refusal": [404, "model_not_found"],
+        "streamed": "You said: hello ", "same": True, "refusal": [404, "model_not_found"],
         "deleted": True,
     }  # fmt: skip

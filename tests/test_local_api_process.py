@@ -187,7 +187,7 @@ def test_a_damaged_database_is_a_sentence_and_exit_code_2(tmp_path):
 def test_a_launcher_whose_quotes_do_not_end_is_a_usage_error(capsys):
     with pytest.raises(SystemExit, match="2"):
         program.build_parser().parse_args(["--launcher", "'x"])
-    assert "argument --launcher: 'x is no command (no closing quotation)" in capsys.readouterr().err
+    assert "argument --launcher: invalid split value" in capsys.readouterr().err
 
 
 def test_a_job_waits_for_a_launcher_that_is_gone(tmp_path):

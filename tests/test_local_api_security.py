@@ -75,7 +75,7 @@ def test_a_host_and_an_origin_may_be_let_in_by_name(tmp_path):
         assert refused.status_code == 401 and refused.headers["access-control-allow-origin"] == origin
         preflight = {**page, "Access-Control-Request-Method": "POST", "Access-Control-Request-Headers": "authorization"}
         answer = httpx2.options(f"{url}/v1/chat/completions", headers=preflight)
-        assert answer.status_code == 204 and answer.headers["access-control-allow-headers"] == "authorization"
+        assert answer.status_code == 200 and answer.headers["access-control-allow-headers"] == "authorization"
         for other in ("http://localhost:3001", "http://localhost:3000.evil.example", "null"):
             answer = httpx2.get(models, headers={**key, **page, "Origin": other})
             assert answer.status_code == 403 and "access-control-allow-origin" not in answer.headers
@@ -85,7 +85,7 @@ def test_a_host_and_an_origin_may_be_let_in_by_name(tmp_path):
 
 @pytest.mark.parametrize("authorization, code", [
     (None, None), ("", None), ("Bearer wrong", "invalid_api_key"), ("Bearer s3cret", "invalid_api_key"),
-    ("Basic s3cret-ü", "invalid_api_key"), ("Bearer", None),
+    ("Basic s3cret-ü", "invalid_api_key"), ("Bearer", "invalid_api_key"),
 ])  # fmt: skip
 def test_the_key_is_asked_for(guarded, authorization, code):
     headers = {} if authorization is None else {"Authorization": authorization.encode()}
@@ -105,9 +105,9 @@ def test_the_log_holds_no_contents_no_key_and_one_line_a_request(guarded, caplog
     body = {"model": "tiny-base", "messages": [{"role": "user", "content": "my private question"}]}
     assert httpx2.post(f"{guarded}/v1/chat/completions", headers=headers, json=body).status_code == 200
     httpx2.get(f"{guarded}/v1/models/a%0d%0aFAKE LINE?key=s3cret-ü", headers=headers)
-    while len(caplog.records) < 2:  # a line is written when its answer has been sent
+    while "/v1/models" not in caplog.text:  # a line is written when its answer has been sent
         time.sleep(0.01)
-    lines = [record.getMessage() for record in caplog.records]
+    lines = [record.getMessage() for record in caplog.records if "/healthz" not in record.getMessage()]
     assert len(lines) == 2 and not any("\n" in line or "\r" in line for line in lines)
     assert "POST /v1/chat/completions 200" in lines[0] and "3+5 tokens" in lines[0] and lines[0].startswith("req_")
     assert not any("private" in line or "s3cret" in line for line in lines)
