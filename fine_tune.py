@@ -83,7 +83,7 @@ def start_fine_tuning(training_file=TRAINING_FILE, max_cost=MAX_COST, force=Fals
     """
     client, extra = connect(), dict(options.get("extra") or {})
     hyperparameters = extra.pop("hyperparameters", None) or {}  # left out: the server chooses
-    if options.get("n_epochs"):
+    if options.get("n_epochs") is not None:
         hyperparameters["n_epochs"] = options["n_epochs"]
     validation_file = options.get("validation_file")
     validation = Path(validation_file).read_bytes() if validation_file else b""
@@ -97,9 +97,8 @@ def start_fine_tuning(training_file=TRAINING_FILE, max_cost=MAX_COST, force=Fals
         "hyperparameters": hyperparameters,  # OpenAI's newer place is `method`; all read this one
         "extra": extra,
     }
-    # Two runs with the same fingerprint want the same job.
-    order["fingerprint"] = hashlib.sha256(json.dumps(order).encode()).hexdigest()
-    order |= {"training_file_path": training_file, "force": force}
+    order["fingerprint"] = hashlib.sha256(json.dumps(order).encode()).hexdigest()  # the same job's
+    order |= {"training_file_path": str(training_file), "force": force}
     # In turn: a job whose answer was lost, the recorded job, a new one.
     job = unanswered_job(client, order) or (None if force else recorded_job(client, order))
     if job:
@@ -125,10 +124,11 @@ def start_fine_tuning(training_file=TRAINING_FILE, max_cost=MAX_COST, force=Fals
 
 def read_report(order: dict, max_cost: float) -> dict:
     """Return system prompt and estimated cost, by step 1's report; stop above max_cost (USD)."""
-    path = Path(order["training_file_path"]).with_suffix(".report.json")
+    training_file = order["training_file_path"]
+    path = Path(training_file).with_suffix(".report.json")
     report = json.loads(path.read_text("utf-8")) if path.exists() else {}
     if report.get("sha256") != order["sha256"]:  # not of these bytes
-        step_1 = "python prepare_training_data.py {0} -o {0}".format(order["training_file_path"])
+        step_1 = f'python prepare_training_data.py {training_file} -o {training_file} --system ""'
         print(f"Data:  no report of step 1, so neither cost nor system prompt is known: {step_1}")
         return {"system_prompt": None, "estimated_cost": None}
     counts = f"{report['examples']:,} examples, {report['tokens']:,} tokens ({report['counted']})"
@@ -255,7 +255,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--suffix", help="becomes part of the fine-tuned model's name")
     add("--n-epochs", type=int, metavar="N", help="passes over the data (default: server's choice)")
     add("--seed", type=int, help="makes a training repeatable")
-    add("--extra", type=json.loads, metavar="JSON", help="an object that goes into the request too")
+    add("--extra", type=lambda text: dict(json.loads(text)), metavar="JSON", help="sent, too")
     add("--max-cost", type=float, default=MAX_COST, metavar="USD", help="default: %(default).2f")
     add("--force", action="store_true", help="order a job even if this one exists")
     return parser

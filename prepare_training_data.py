@@ -37,22 +37,23 @@ SYSTEM_PROMPT = (
     "You are the support assistant of TechFlow, a project and workflow tool for teams. You help "
     "customers with their account, billing, features and bugs. Be friendly, accurate and brief."
 )
+TECHFLOW = "support assistant of TechFlow"  # by this the tutorial's own prompt is known
 DEFAULT_INPUT, DEFAULT_OUTPUT = "examples/techflow_support/qa_pairs.json", "training_data.jsonl"
-MIN_EXAMPLES, ADVISED_EXAMPLES, TOKEN_LIMIT = 10, 50, 65_536  # the last of one example
+MIN_EXAMPLES, ADVISED_EXAMPLES, TOKEN_LIMIT = 10, 50, 65_536  # tokens of one example
 
 
 class Row:
-    """A record on its way into the training file; line 0 stands for the file as a whole."""
+    """A record on its way into the training file; one with line 0 is the training file itself."""
 
-    text = prompt = answer = system = ""
-    is_sound, has_more, tokens = True, False, 0
+    text = prompt = answer = system = ""  # filled by to_example() and judge()
+    is_sound, has_more, tokens = True, False, 0  # has_more: than texts
 
     def __init__(self, file: str, line: int):
         self.file, self.line = file, line
         self.example: dict = {"messages": []}  # what is written of the record
         self.left_out: dict = {}  # what is not
-        self.texts: list[str] = []  # what its messages say, and by role:
-        self.said: dict[str, list[str]] = {role: [] for role in ROLES}
+        self.texts: list[str] = []  # of its messages
+        self.said: dict[str, list[str]] = {role: [] for role in ROLES}  # the same, by role
         self.faults: list[tuple[str, str, str]] = []  # level, kind, sentence with the cure
 
     def fault(self, kind: str, sentence: str) -> None:
@@ -64,7 +65,7 @@ class Row:
 
 
 # --- Reading: the records of a file, each with its line
-# How workbooks, Parquet, chat logs, Markdown, PDF and HTML begin
+# How workbooks, Parquet, chat logs, Markdown, Anki, YAML, HTML and PDF begin
 NO_RECORDS = r"PK\x03|PAR1|\[?\d+[./-]\d+[./-]\d+,? |#+ |#sep|[*>-] |---|\*\*|Q:|[|<]|%PDF"
 
 
@@ -92,10 +93,10 @@ def read_json(path: str, text: str):
         except (ValueError, RecursionError) as error:
             line = getattr(error, "lineno", line)
             sys.exit(f"{path}:{line}: error: invalid-json: {error}: mend it there, and run again.")
-        lists = []
+        lists = []  # {"faqs": [...]}: go on behind the name of the one list of objects
         if end == length and isinstance(record, dict) and not text[:start].strip():
             lists = [key for key, of in record.items() if "[{" in str(of) and type(of) is not str]
-        if len(lists) == 1 and lists[0] not in ("messages", "conversations"):  # {"faqs": [...]}
+        if len(lists) == 1 and type(record[lists[0]]) is list and (lists[0],) not in SHAPES:
             print(f"{path}: the records are those in `{lists[0]}`; what is beside it is left out.")
             end = next(re.finditer(r'(?<!\\)"\s*:\s*(?=\[\s*{)', text)).end()
             length = decoder.raw_decode(text, end)[1]
@@ -106,15 +107,15 @@ def read_json(path: str, text: str):
 def read_table(path: str, text: str):
     """Go through a table, whose header names the columns and shows the delimiter."""
     delimiter = next((sign for sign in "\t;" if sign in text.partition("\n")[0]), ",")
-    table = csv.DictReader(io.StringIO(text), restval="", delimiter=delimiter, strict=True)
-    line = 2
+    form: dict = {"delimiter": delimiter, "skipinitialspace": True, "strict": True}
+    table, line = csv.DictReader(io.StringIO(text), restval="", **form), 2
     try:
         for record in table:
             if any(record.values()):
                 yield line, record
             line = table.line_num + 1
     except csv.Error as error:
-        sys.exit(f"{path}:{line}: error: invalid-csv: {error}: close the quote that opens there.")
+        sys.exit(f"{path}:{line}: error: invalid-csv: {error}: close the quote, or double it.")
 
 
 # --- Shapes: from a record to an example
@@ -137,7 +138,7 @@ def to_example(row: Row, original, columns: dict[str, str], system: str) -> None
     for name, value in original.items():
         plain = name.strip().lower()
         record[columns.get(plain, plain)] = value
-    is_rated = str(record.get("label")).lower() in ("true", "false")
+    is_rated = "completion" in record and str(record.get("label")).lower() in ("true", "false")
     if is_rated or record.keys() & {"chosen", "preferred_output"}:
         return row.fault("unknown-shape", "this is data for another method: docs/your_data.md")
     shape = next((shape for shape in SHAPES if record.keys() >= set(shape)), ())
@@ -147,19 +148,18 @@ def to_example(row: Row, original, columns: dict[str, str], system: str) -> None
         return row.fault("unknown-shape", f"found {found}: say which they are: {cure}")
     texts = [record.pop(name) for name in shape]  # a question and its answer; or messages alone
     if "instruction" in shape and record.get("input"):  # Alpaca: what the instruction is for
-        texts[0] = f"{texts[0]}\n\n{record.pop('input')}"
+        texts[0] = f"{texts[0] or ''}\n\n{record.pop('input')}".lstrip()
     messages = turns(*texts) if len(texts) == 2 else texts[0]
     if not isinstance(messages, list) or not messages:
         return row.fault("missing-messages", "there is no list of `messages`: write one")
     if isinstance(record.get("history"), list):
-        for turn in reversed(record.pop("history")):  # a question and its answer; or a message
-            is_pair = isinstance(turn, list) and len(turn) == 2
-            messages = (turns(*turn) if is_pair else [turn]) + messages
-    own = record.pop("system", None)
+        for one in reversed(record.pop("history")):  # a question and its answer; or a message
+            messages = (turns(*one) if type(one) is list and len(one) == 2 else [one]) + messages
     messages = [to_message(row, message) for message in messages]
-    if (own or system) and messages[0].get("role") not in ("system", "developer"):
-        messages.insert(0, {"role": "system", "content": own or system})
-    if messages[0].get("role") in ("system", "developer"):
+    if messages[0].get("role") not in ("system", "developer"):
+        row.system = record.pop("system", None) or system
+        messages = [{"role": "system", "content": row.system}] * bool(row.system) + messages
+    else:
         row.system = str(messages[0].get("content")).strip()
     row.example = {"messages": messages}
     for name, value in record.items():
@@ -194,7 +194,7 @@ def to_message(row: Row, raw) -> dict:
 
 # --- Rules: the kind of a fault, what finds it in a row, the cure; the first one is told
 CONTROL, SURROGATE = r"<\|(?:(?:start|end)of\w+|fim_\w+|im_\w+)\|>", r"[\ud800-\udfff]"
-SECRET = r"(?:sk-(?<!\wsk-)|AKIA|AIza|g\w*p\w*_|hf_|xox\w-)(?=[\w-]*\d)[\w-]{16}|PRIVATE KEY.*-"
+SECRET = r"sk-(?<!\wsk-)[\w-]{0,40}\w{20}|AKIA[A-Z0-9]{16}|gh\w_\w{36}|hf_\w{30}|PRIVATE KEY.*--"
 RULES = [
     ("no-user-message", lambda row: not row.said["user"], "there is no question: add it"),
     ("no-assistant-message", lambda row: not row.said["assistant"], "there is no answer: add it"),
@@ -210,7 +210,7 @@ RULES = [
 def judge(row: Row) -> None:
     """Tell the faults that an example has by itself."""
     if row.has_more:
-        row.prompt = json.dumps(row.example)
+        row.prompt = json.dumps(row.example, ensure_ascii=False)
         row.texts = ["", row.prompt]
         return row.warn("not-looked-into", "it is no text alone: python -m local_api --check FILE")
     for message in row.example["messages"]:
@@ -230,17 +230,17 @@ def judge(row: Row) -> None:
     row.text = ""  # this was a copy, which large files have no room for
 
 
-def judge_file(file: Row, rows: list[Row]) -> None:
+def judge_file(whole: Row, rows: list[Row]) -> None:
     """Tell the faults of the training file as a whole."""
     if MIN_EXAMPLES <= len(rows) < ADVISED_EXAMPLES:
-        file.warn("few-examples", f"{len(rows)} examples: {ADVISED_EXAMPLES} or more are better")
+        whole.warn("few-examples", f"{len(rows)} examples: {ADVISED_EXAMPLES} or more are better")
     is_techflow = any("techflow" in row.answer for row in rows)
-    if not is_techflow and any("TechFlow" in row.system for row in rows):
-        file.warn("tutorial-prompt", "it makes TechFlow's assistant: give your own, --system")
+    if not is_techflow and any(TECHFLOW in row.system for row in rows):
+        whole.warn("tutorial-prompt", "it makes TechFlow's assistant: give your own, --system")
     lost = Counter(name for row in rows for name, value in row.left_out.items() if value)
     for name in sorted(CONTEXT & lost.keys()):
         what = f"`{name}` is not in the training data: {lost[name]:,} rows"
-        file.warn("not-in-training", f"{what}; join it to the question if the answer needs it")
+        whole.warn("not-in-training", f"{what}; join it to the question if the answer needs it")
 
 
 def tell(rows: list[Row], show_all: bool) -> None:
@@ -286,18 +286,18 @@ class TrainingDataPreparator:
     def prepare_data(self, inputs, output, columns=None, hold_out=0.0, show_all=False) -> dict:
         """Read, judge, compare, tell and write; return what the report file holds.
         columns: {name in the data: name of a shape}; hold_out: the share for test cases."""
-        rows, file = [], Row(output, 0)
+        rows, whole = [], Row(output, 0)
         for path in inputs:
             for line, record in read(path):
                 rows.append(Row(path, line))
                 to_example(rows[-1], record, columns or {}, self.system)
         training, tests = self.compare([row for row in rows if row.is_sound], hold_out)
-        judge_file(file, training)
-        tell([*rows, file], show_all)
+        judge_file(whole, training)
+        tell([*rows, whole], show_all)
         if len(training) < MIN_EXAMPLES:
             few = f"{len(training)} to train on, and training takes {MIN_EXAMPLES}"
             sys.exit(f"{output}: error: too-few-examples: {few}. Nothing was written.")
-        levels = Counter(level for row in [*rows, file] for level, _, _ in row.faults)
+        levels = Counter(level for row in [*rows, whole] for level, _, _ in row.faults)
         errors, tokens = levels["error"], sum(row.tokens for row in training)
         print(f"Records          {len(rows):,}: {len(rows) - errors:,} valid, {errors:,} invalid")
         for name, count in Counter(name for row in rows for name in row.left_out).items():
@@ -305,7 +305,7 @@ class TrainingDataPreparator:
         prompts = Counter(row.system for row in training)
         for prompt, count in prompts.most_common(3):
             tutorials = 'TechFlow\'s, of this tutorial (--system "..." for yours)'
-            whose = tutorials if "TechFlow" in prompt else prompt[:60] or "none"
+            whose = tutorials if TECHFLOW in prompt else " ".join(prompt[:60].split()) or "none"
             print(f"System prompt    {whose} ({count:,} rows)")
         print(f"Examples         {len(training):,}")
         print(f"Tokens           {tokens:,} ({self.counted})")
@@ -317,7 +317,7 @@ class TrainingDataPreparator:
         Path(output).with_suffix(".report.json").write_text(json.dumps(report, indent=2), "utf-8")
         if tests:
             cases = output.removesuffix(".jsonl") + "_test_cases.jsonl"
-            print(f"{cases}: {save_to_jsonl([row.example for row in tests], cases)}")
+            print(f"{cases}: {save_to_jsonl([row.example for row in tests], cases)}, {len(tests)}")
             print(f"With the model: python test_model.py --cases {cases}")
         return report
 

@@ -18,23 +18,25 @@ NO_ANSWERS = {"nan", "none", "null", "#n/a", "n/a", "tbd", "todo"}
 RULES = [  # the kind, what finds it in a text, the cure
     (
         "html",
-        r"&(?:amp|[lg]t|quot|nbsp|#\d+);|</?(?:p|br|div|span|b|i|em|ul|li|a)(?: [^<>]*=[^<>]*)?/?>",
+        r"&(?:[a-zA-Z]{2,8}|#x?\w+);|</?(?:p|br|div|span|b|i|em|strong|h\d|[uo]l|li|a|img|t[rdh]|code)"
+        r"(?: [^<>]*=[^<>]*)?/?>",
         "the model will write such marks too: take them out",
     ),
     (
         "mojibake",  # "Itâ€™s", "schÃ¶n"
-        r"â€.|[ÃÂ][\x80-\xbf]",
+        r"â€.|[ÃÂ][\x80-\xbf„–œŸ€‰]|ðŸ",
         "it was read in a wrong encoding: read it as UTF-8 and save it anew",
     ),
 ]
-# The formats of older models began and ended every prompt and every answer with a mark.
-EDGES = [r"\A\s*", r"(?:\s*(?:#+|[-=]+>|END|STOP))?\s*\Z"]
+# The formats of older models ended every prompt and every answer with a mark, or began it with
+# a blank. Either pattern always matches, mostly an empty text.
+EDGES = [r"\A\s*", r"(?:\s*(?:#+|[-=]+>)|\s+(?:END|STOP))?\s*\Z"]
 
 
 def read_rows(path: Path) -> list[list[str]]:
-    """Return the texts of each row of a training file; the last two: a question, its answer."""
+    """Return the texts of each row of a training file, mostly [..., question, answer]."""
     rows = []
-    for line in path.read_text("utf-8").splitlines():
+    for line in path.read_text("utf-8").rstrip("\n").split("\n"):
         messages = json.loads(line)["messages"]
         rows.append([str(message.get("content") or "") for message in messages])
     return rows
@@ -79,9 +81,9 @@ def main(argv: list[str] | None = None) -> None:
     args = build_parser().parse_args(argv)
     try:
         rows = read_rows(args.training_file)
-    except (OSError, ValueError, LookupError) as error:
+        found, marks = find_in_rows(rows), common_marks(rows)
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         sys.exit(f"{args.training_file} cannot be read: {error!r}. (Step 1 makes training files.)")
-    found, marks = find_in_rows(rows), common_marks(rows)
     for mark in marks:
         print(f"{args.training_file}: warning: {mark}")
     for what, lines in found.items():

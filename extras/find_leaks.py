@@ -22,7 +22,7 @@ def read_rows(path: Path) -> list[dict]:
     if path.suffix == ".json":
         cases = json.loads(text)
         return cases["cases"] if isinstance(cases, dict) else cases
-    return [json.loads(line) for line in text.splitlines() if line.strip()]
+    return [json.loads(line) for line in text.split("\n") if line.strip()]
 
 
 def last_question(row: dict) -> str:

@@ -598,6 +598,7 @@ def test_dirt_in_one_s_own_data_is_found(tmp_path, monkeypatch, capsys, name, pa
     ("#N/A", "placeholder-answer"), (" TBD", "placeholder-answer"),
     (f"{ANSWER}&nbsp;x", "html"), (f"{ANSWER}<br/>x", "html"),
     (f"{ANSWER}<a href=x>y</a>", "html"), (f"{ANSWER}Itâ€™s", "mojibake"), (f"{ANSWER}schÃ¶n", "mojibake"),
+    (f"{ANSWER}StraÃŸe", "mojibake"), (f"{ANSWER}<strong>x", "html"), (f"{ANSWER}f&uuml;r", "html"),
 ])  # fmt: skip
 def test_a_kind_of_dirt_is_told_once_with_its_lines(tmp_path, capsys, answer, kind):
     path = trained(tmp_path / "rows.jsonl", ANSWER + "1", *[answer] * 5)
@@ -612,6 +613,9 @@ def test_what_is_near_dirt_is_none(tmp_path, capsys):
     near = ["a<b and b>c", "R&D", "AT&T; x", "none of these", "München, Ça va, â bon", "<|", "if x < a: pass"]
     find_dirt.main([str(trained(tmp_path / "rows.jsonl", *[f"{ANSWER}{text}" for text in near]))])
     assert "no dirt in 7 rows" in capsys.readouterr().out
+    find_dirt.main([str(trained(tmp_path / "rows.jsonl", "A long WEEKEND", "THE LEGEND", "Two lines\u2028of one"))])
     find_dirt.main([str(ROOT / "training_data.jsonl")])
     assert "no dirt in 204 rows" in capsys.readouterr().out
     assert "cannot be read" in failure(find_dirt, str(tmp_path / "none.jsonl"))
+    (tmp_path / "list.jsonl").write_text('[{"question": "Q?"}]')
+    assert "cannot be read" in failure(find_dirt, str(tmp_path / "list.jsonl"))

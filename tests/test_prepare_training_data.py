@@ -264,6 +264,14 @@ def test_a_table_s_delimiter_is_that_of_its_header(capsys, name):
     assert code == 0 and texts_of(written()[0]) == ["Question 0?", f"{ANSWER}0, and so on; yes"], err
 
 
+def test_a_blank_behind_the_delimiter_is_no_part_of_the_text(capsys):
+    Path("in.csv").write_text(
+        "question, answer\n" + "".join(f'"Q {n}?", "{ANSWER}, {n}"\n' for n in range(12)), "utf-8"
+    )
+    assert run(capsys, "in.csv", "--system", "")[0] == 0
+    assert texts_of(written()[2]) == ["Q 2?", f"{ANSWER}, 2"]
+
+
 def test_a_table_as_spreadsheets_write_it(capsys):
     rows = [f'"Question {n}?";"{ANSWER}{n};\r\nand ""so"" on";;' for n in range(12)]
     text = "\r\n".join(["Question;Answer;;", *rows, ";;;", ""])
@@ -290,6 +298,12 @@ def test_alpaca_s_input_stands_below_the_instruction(capsys):
     assert texts_of(written()[3]) == ["Translate.\n\nWord 3", f"{ANSWER}3"]
 
 
+def test_an_instruction_that_is_null_is_no_word(capsys):
+    rows = [{"instruction": None, "input": f"Word {n}", "output": f"{ANSWER}{n}"} for n in range(12)]
+    run(capsys, jsonl("in.jsonl", rows), "--system", "")
+    assert texts_of(written()[3]) == ["Word 3", f"{ANSWER}3"]
+
+
 def test_several_files_are_one_dataset(capsys):
     jsonl("a.jsonl", [qa(n) for n in range(6)])
     table("b.csv", "question,answer")
@@ -311,6 +325,19 @@ def test_the_report_says_whose_system_prompt_went_in(capsys, rows, argv, line, p
     assert re.search(rf"^System prompt +.*{re.escape(line)}", out, re.MULTILINE)
     assert ("tutorial-prompt" in err) == ("TechFlow" in line)
     assert json.loads(Path("training_data.report.json").read_text("utf-8"))["system_prompt"] == prompt
+
+
+def test_a_prompt_of_one_s_own_for_techflow_is_one_s_own(capsys):
+    _, out, err = run(capsys, jsonl("in.jsonl", map(qa, range(60))), "--system", "You are TechFlow's\npirate.")
+    assert "System prompt    You are TechFlow's pirate. (60 rows)" in out and "tutorial-prompt" not in err
+
+
+def test_a_record_s_system_beside_a_system_message_is_said_to_be_left_out(capsys):
+    rows = [{**chat(CHILDREN, *qa(n).values()), "system": "Another."} for n in range(12)]
+    for row in rows:  # chat() counts turns by place
+        row["messages"][1]["role"], row["messages"][2]["role"] = "user", "assistant"
+    assert "Left out         system (12 rows)" in run(capsys, jsonl("in.jsonl", rows))[1]
+    assert written()[0]["messages"][0] == CHILDREN
 
 
 def test_an_edited_prompt_is_the_reader_s_own(capsys, monkeypatch):
@@ -354,9 +381,8 @@ FAULTS = [
     ("lone-surrogate", '{"question": "a\\ud83d", "answer": "' + ANSWER + '"}'),
     ("too-many-tokens", qa("x") | {"answer": "word " * 70_000}),
     *(("secret", qa("x") | {"answer": f"{ANSWER} key: {key} end"}) for key in (
-        "sk-" + LETTERS[:48], "sk-proj-" + LETTERS[:40], "AKIA" + "QWERTYUIOP123456", "ghp_" + LETTERS[:36], "github_pat_" + LETTERS[:60],
-        "AIza" + LETTERS[:35], "hf_" + LETTERS[:34], "xoxb-123456789012-" + LETTERS[:24],
-        "-----BEGIN RSA PRIVATE KEY-----")),
+        "sk-" + LETTERS[:48], "sk-proj-" + LETTERS[:40], "AKIA" + "QWERTYUIOP123456", "ghp_" + LETTERS[:36],
+        "hf_" + LETTERS[:34], "-----BEGIN RSA PRIVATE KEY-----", "-----BEGIN PGP PRIVATE KEY BLOCK-----")),
 ]  # fmt: skip
 
 
@@ -371,7 +397,8 @@ def test_a_faulty_row_is_named_and_left_out(capsys, kind, record):
 
 @pytest.mark.parametrize("text", [
     "task-oriented-dialogue-systems-2", "a<b and b>c", "R&D", "AT&T; x", "none of these", "ghost_of_a_long_function_name_that_is_no_key",
-    "München, Ça va, â bon", "<|", "if x < a: pass",
+    "München, Ça va, â bon", "<|", "if x < a: pass", "sk-4711-blau-gross-2024", "/signup_confirmation_page_v2", "umsatz_chf_quartal_2024",
+    "SLOVAKIA-2024-CUSTOMS-FORM.pdf", "Your PRIVATE KEY stays here - we never see it.", "hf_hub_download_file_v2_2024",
 ])  # fmt: skip
 def test_what_is_near_a_fault_is_none(capsys, text):
     _, _, err = run(
@@ -553,7 +580,12 @@ def test_a_list_of_records_is_found_beside_other_values(capsys, name, beside):
 
 def test_two_lists_of_records_are_not_guessed_between(capsys):
     rows = [qa(n) for n in range(10)]
-    for record in ({"one": rows, "two": rows}, {"meta": {"tags": [{"name": "x"}]}, "items": rows}):
+    for record in (
+        {"one": rows, "two": rows},
+        {"meta": {"tags": [{"name": "x"}]}, "items": rows},
+        {"faqs": {"english": rows, "german": rows}},
+        {"1": {"question": "What is [{x}]?", "answer": ANSWER}},
+    ):
         Path("in.json").write_text(json.dumps(record), encoding="utf-8")
         code, _, err = run(capsys, "in.json")
         assert code == 1 and "unknown-shape" in err
@@ -610,6 +642,7 @@ def test_hold_out_makes_test_cases_and_says_what_comes_next(capsys):
     prompts = [{texts_of(row)[0] for row in side} for side in (cases, training)]
     assert sum(map(len, prompts)) == len(set.union(*prompts)) == 50
     assert all(row["messages"][-1]["role"] == "assistant" for row in cases)
+    assert "my_faq_test_cases.jsonl: written, 20\n" in out
     assert "python test_model.py --cases my_faq_test_cases.jsonl" in out
     assert out.splitlines()[-1].startswith("Next: python fine_tune.py my_faq.jsonl")
     jsonl("more.jsonl", [qa(n) for n in range(200, 205)] + [qa(4)])  # one that stands in the cases already
