@@ -178,13 +178,16 @@ def test_a_line_that_lacks_only_its_end_is_read_when_it_is_whole(tmp_path):
     store = Store(tmp_path)
     store.add({"object": "fine_tuning.job", "id": "ftjob-1", "status": "running"})
     read, path = reports.Reports(store, "ftjob-1", tmp_path), tmp_path / "events.jsonl"
-    lines = [json.dumps({"type": "metrics", "message": "", "data": {"step": step}, "created_at": 1}) for step in (1, 2)]
+    rows = [{"step": step, "total_steps": 3, "train_loss": 1.0} for step in (1, 2)]
+    lines = [json.dumps({"type": "metrics", "message": "", "data": row, "created_at": 1}) for row in rows]
     path.write_text(lines[0])
     assert not read.read()
     path.write_text(f"{lines[0]}\n{lines[1]}")
     assert read.read() and [event["data"]["step"] for event in store.find("fine_tuning.job.event")] == [1]
-    train.Journal(path).metrics({"step": 2, "train_loss": 1.0}, 2)
-    assert read.read() and [event["data"]["step"] for event in store.find("fine_tuning.job.event")] == [1, 2]
+    assert store.get("fine_tuning.job", "ftjob-1")["estimated_finish"] is None, "one step alone has no pace"
+    train.Journal(path).metrics({"step": 2, "train_loss": 1.0}, 3)
+    assert read.read() and store.get("fine_tuning.job", "ftjob-1")["estimated_finish"] >= time.time() - 1
+    assert [event["data"]["step"] for event in store.find("fine_tuning.job.event")] == [1, 2]
     store.close()
 
 
