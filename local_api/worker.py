@@ -132,8 +132,8 @@ class Worker:
         try:
             try:
                 handle(job)
-            except JobFailed as failure:
-                self._fail(job["id"], failure)
+            except (JobFailed, ModelUnavailable) as error:
+                self._fail(job["id"], job_failed(error))  # it raises a ModelOutOfReach anew: the job waits
             self._hindrances.pop(job["id"], None)
         except Exception as error:
             self._hinder(job["id"], error)
@@ -183,10 +183,7 @@ class Worker:
             return
         if other := trainer_of(directory):
             stop_processes([other])
-        try:
-            weights = self.models.weights(job["_base"])
-        except ModelUnavailable as error:
-            raise job_failed(error) from None  # a ModelOutOfReach comes as it is: the job waits
+        weights = self.models.weights(job["_base"])
         with self.store.transaction():
             if self._status(job["id"]) not in ("queued", "running"):
                 return  # cancelled or paused meanwhile

@@ -391,9 +391,9 @@ def test_what_a_killed_conversion_left_is_taken_away_and_one_under_way_is_not(tm
     for name in (".making-left", ".making-now"):
         (folder / name).mkdir(parents=True)
     base_models.converted_dir(tmp_path).mkdir()
-    lock = processes.lock_directory(folder / ".making-now")
+    release = processes.lock_directory(folder / ".making-now")
     base_models.prepare(base_models.DEFAULT_BASE_MODEL, tmp_path)
-    lock.release()
+    release()
     assert sorted(path.name for path in folder.glob(".making-*")) == [".making-now"]
 
 
@@ -436,13 +436,13 @@ def test_a_small_job_does_not_wait_for_the_validation_of_a_large_one(tmp_path, m
 
 def test_a_lock_on_a_directory_holds_under_any_name_and_survives_its_files(tmp_path):
     (tmp_path / "one").mkdir()
-    lock = processes.lock_directory(tmp_path / "one")
-    assert lock and processes.lock_directory(tmp_path / "one") is None
+    release = processes.lock_directory(tmp_path / "one")
+    assert release and processes.lock_directory(tmp_path / "one") is None
     (tmp_path / "one").rename(tmp_path / "two")
     for path in (tmp_path / "two").iterdir():
         path.unlink()
     assert processes.lock_directory(tmp_path / "two") is None
-    lock.release()
+    release()
     assert processes.lock_directory(tmp_path / "two")
 
 
