@@ -10,7 +10,6 @@ A row that the template cannot express, and one that is too long for the model, 
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -28,12 +27,8 @@ class Encoded(NamedTuple):
     trained: list[bool]  # same length as ids: True where the token is learnt
 
 
-def say(message: str, data: dict) -> None:
-    print(message, file=sys.stderr)
-
-
 def read_examples(
-    path: str, tokenizer: Any, limit: int, param: str, tell: Callable[[str, dict], None] = say
+    path: str, tokenizer: Any, limit: int, param: str, tell: Callable[[str, dict], None] = print
 ) -> list[Encoded]:
     """Encode a training or validation file, each example cut to `limit` tokens.
 
@@ -61,22 +56,22 @@ def read_examples(
     reads = f"The base model reads {limit:,} tokens of a row, by its own tokenizer; the longest has {longest:,}"
     if left_out:
         if len(examples) < (MIN_EXAMPLES if param == "training_file" else 1):
-            few = f"Only {len(examples)} example(s) are left: {of_lines(left_out)} too long. {reads}. "
+            few = f"{of_lines(left_out)} too long, and only {len(examples)} example(s) are left. {reads}. "
             raise JobFailed(f"invalid_{param}", few + "Shorten what stands before the answers.", param)
         gone = f"{of_lines(left_out)} left out of the {param}, since no answer begins before the cut. {reads}."
-        tell(gone[0].upper() + gone[1:], {"left_out": len(left_out), "lines": left_out})
+        tell(gone, {"left_out": len(left_out), "lines": left_out})
     if cut:
         ends = f"{of_lines(cut)} cut in the {param}, and the ends of the answers are not learnt. {reads}."
-        tell(ends[0].upper() + ends[1:], {"cut": len(cut), "lines": cut})
+        tell(ends, {"cut": len(cut), "lines": cut})
     if not examples:
         raise JobFailed(f"invalid_{param}", "No line of the file holds an assistant message to train on.", param)
     return examples
 
 
 def of_lines(lines: list[int]) -> str:
-    """[3] -> "line 3 is", [3, 4] -> "lines 3, 4 are"; of many the first ten."""
+    """[3] -> "Line 3 is", [3, 4] -> "Lines 3, 4 are"; of many the first ten."""
     shown = ", ".join(map(str, lines[:10])) + (f" and {len(lines) - 10} more" if len(lines) > 10 else "")
-    return f"line {shown} is" if len(lines) == 1 else f"lines {shown} are"
+    return f"Line {shown} is" if len(lines) == 1 else f"Lines {shown} are"
 
 
 def encode_prompt(tokenizer: Any, messages: list[dict], tools: list[dict] | None = None) -> list[int]:

@@ -15,17 +15,15 @@ class Fault(NamedTuple):
     message: str  # what is wrong and how to cure it, without a full stop
 
 
-class Row(NamedTuple):
-    line: int  # from 1; blank lines count and are no rows
-    value: Any  # what the JSON says, or a Fault
-
-
 class DuplicateKey(ValueError):
     pass
 
 
-def read_rows(path: str | Path) -> Iterator[Row]:
-    """Yield each row of the file. What makes the rest of it worthless, a `broken-file`, ends it. OSError: no file."""
+def read_rows(path: str | Path) -> Iterator[tuple[int, Any]]:
+    """Yield each row of the file: its line (blank ones count and are no rows), and what the JSON says or a Fault.
+
+    What makes the rest of the file worthless, a `broken-file`, ends it. OSError: no file.
+    """
     with open(path, "rb") as file:
         is_first = True
         for number, line in enumerate(file, 1):
@@ -36,12 +34,12 @@ def read_rows(path: str | Path) -> Iterator[Row]:
                 value: Any = Fault("broken-file", "this is an array; an upload is JSON Lines, one object a line")
             else:
                 value = parse(text)
-            yield Row(number, value)
+            yield number, value
             if isinstance(value, Fault) and value.kind == "broken-file":
                 return
             is_first = False
         if is_first:
-            yield Row(1, Fault("broken-file", "the file is empty; see whether it was saved"))
+            yield 1, Fault("broken-file", "the file is empty; see whether it was saved")
 
 
 def parse(line: bytes) -> Any:
