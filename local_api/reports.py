@@ -22,16 +22,16 @@ class Reports:
         self.position = 0  # bytes of events.jsonl that have been read
         self.first: tuple[int, float] | None = None  # the first new step, and when it was read
 
-    def read(self) -> bool:
-        """Copy what the trainer has written since the last time; return whether a new step is among it."""
+    def read(self) -> None:
+        """Copy what the trainer has written since the last time."""
         try:
             with open(self.directory / "events.jsonl", "rb") as file:
                 file.seek(self.position)
                 new = file.read()
         except FileNotFoundError:
-            return False
+            return
         if not new:
-            return False
+            return
         reports, read = whole_reports(new)  # of the rest, the trainer writes anew what it has not written whole
         last_step, changes = None, Document()
         with self.store.transaction():
@@ -50,7 +50,6 @@ class Reports:
             if changes:
                 self.store.update(JOB, self.job_id, **changes)
         self.position += read
-        return last_step is not None
 
     def estimate(self, step: Document) -> int | None:
         """Return when all steps will be done, by the pace since the first one; None as long as there is no other."""

@@ -29,9 +29,8 @@ import subprocess
 import threading
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
+from typing import IO, NamedTuple
 
 import psutil
 
@@ -58,13 +57,11 @@ class JobWaits(Exception):
     """A job cannot go on now, and can later; the message is the sentence that says why."""
 
 
-@dataclass
-class Hindrance:
-    """How often a job was tried that something keeps from going on, when it is tried again, and what was said of it."""
+class Hindrance(NamedTuple):
+    """How often a job was tried that something keeps from going on, and when it is tried again."""
 
     tries: int = 0
     until: float = 0.0  # time.monotonic
-    told: str = ""
 
 
 class Worker:
@@ -139,24 +136,21 @@ class Worker:
             self._hinder(job["id"], error)
 
     def _may_try(self, job_id: str) -> bool:
-        hindrance = self._hindrances.get(job_id)
-        return hindrance is None or hindrance.until <= time.monotonic()
+        return self._hindrances.get(job_id, Hindrance()).until <= time.monotonic()
 
     def _hinder(self, job_id: str, error: Exception) -> None:
-        """Let the job wait, longer each time, for what is in its way; say what that is when it is new."""
+        """Let the job wait, longer each time, for what is in its way; say once what that is."""
         if isinstance(error, (JobWaits, ModelOutOfReach)):
             reason = str(error)
         else:
             reason = explain(error).detail
             log.error("%s waits: %s", job_id, reason, exc_info=error)
-        before = self._hindrances.get(job_id, Hindrance())
-        told = before.told
-        if told != reason:
-            with contextlib.suppress(Exception):  # the database may be what is in the way: then at the next try
-                add_event(self.store, job_id, f"The job waits and is tried again: {reason}", level="warn")
-                told = reason
-        until = time.monotonic() + min(MAX_WAIT_SECONDS, 2**before.tries)
-        self._hindrances[job_id] = Hindrance(before.tries + 1, until, told)
+        with contextlib.suppress(Exception):  # the database may be what is in the way: then at the next try
+            message = f"The job waits and is tried again: {reason}"
+            add_event(self.store, job_id, message, level="warn", id=event_id(job_id, message))
+        tries = self._hindrances.get(job_id, Hindrance()).tries
+        until = time.monotonic() + min(MAX_WAIT_SECONDS, 2**tries)
+        self._hindrances[job_id] = Hindrance(tries + 1, until)
 
     # Validation
 
@@ -167,10 +161,7 @@ class Worker:
                 validate(directory / f"{name}.jsonl", param)
         with self.store.transaction():
             if self._status(job["id"]) == "validating_files":
-                where = "json_extract(document, '$.status') IN ('running', 'queued')"
-                before = " and ".join(other["id"] for other in self.store.find(JOB, where))
-                told = f", behind {before}" if before else ""
-                add_event(self.store, job["id"], f"Files validated, moving job to queued state{told}")
+                add_event(self.store, job["id"], "Files validated, moving job to queued state")
                 self.store.update(JOB, job["id"], status="queued")
         self.wake()
 
@@ -187,9 +178,8 @@ class Worker:
         with self.store.transaction():
             if self._status(job["id"]) not in ("queued", "running"):
                 return  # cancelled or paused meanwhile
-            if not (directory / "job.json").exists():
-                add_event(self.store, job["id"], "Fine-tuning job started", id=event_id(job["id"], "started"))
-            elif job["id"] not in self._hindrances:
+            is_new = add_event(self.store, job["id"], "Fine-tuning job started", id=event_id(job["id"], "started"))
+            if not is_new and job["id"] not in self._hindrances:
                 add_event(self.store, job["id"], "Fine-tuning job goes on from its last checkpoint")
             job = self.store.update(JOB, job["id"], status="running")
         self._write_job(job, directory, weights)
@@ -243,8 +233,7 @@ class Worker:
             if to_run and self._may_try(reports.job_id):
                 try:
                     to_run = self._status(reports.job_id) == "running"
-                    if reports.read():  # a new step: nothing is in the way any more
-                        self._hindrances.pop(reports.job_id, None)
+                    reports.read()
                 except Exception as error:  # the trainer need not wait with it
                     self._hinder(reports.job_id, error)
             if not to_run:

@@ -181,12 +181,15 @@ def test_a_line_that_lacks_only_its_end_is_read_when_it_is_whole(tmp_path):
     rows = [{"step": step, "total_steps": 3, "train_loss": 1.0} for step in (1, 2)]
     lines = [json.dumps({"type": "metrics", "message": "", "data": row, "created_at": 1}) for row in rows]
     path.write_text(lines[0])
-    assert not read.read()
+    read.read()
+    assert not store.find("fine_tuning.job.event")
     path.write_text(f"{lines[0]}\n{lines[1]}")
-    assert read.read() and [event["data"]["step"] for event in store.find("fine_tuning.job.event")] == [1]
+    read.read()
+    assert [event["data"]["step"] for event in store.find("fine_tuning.job.event")] == [1]
     assert store.get("fine_tuning.job", "ftjob-1")["estimated_finish"] is None, "one step alone has no pace"
     train.Journal(path).metrics({"step": 2, "train_loss": 1.0}, 3)
-    assert read.read() and store.get("fine_tuning.job", "ftjob-1")["estimated_finish"] >= time.time() - 1
+    read.read()
+    assert store.get("fine_tuning.job", "ftjob-1")["estimated_finish"] >= time.time() - 1
     assert [event["data"]["step"] for event in store.find("fine_tuning.job.event")] == [1, 2]
     store.close()
 
