@@ -117,13 +117,6 @@ def save_checkpoint(job_dir: Path, save: Callable, row: dict) -> None:
         shutil.rmtree(old)
 
 
-def save_resume_state(job_dir: Path, optimizer: Optimizer, rows: list[dict]) -> None:
-    import torch
-
-    state = {"optimizer": optimizer.state(), "rows": rows}
-    write_whole(job_dir / "resume.pt", lambda scratch: torch.save(state, scratch))
-
-
 def load_resume_state(job_dir: Path, optimizer: Optimizer, journal: Journal) -> list[dict]:
     """Bring the optimizer to where it was and return the figures of the steps done; [] for a fresh job."""
     import torch
@@ -179,7 +172,7 @@ def train(job_dir: Path, stop: dict) -> dict | None:
             save_checkpoint(job_dir, model.save_pretrained, rows[-1])
         if epoch_ends or stop_asked or now - saved_at >= SAVE_SECONDS:
             saved_at = now
-            save_resume_state(job_dir, optimizer, rows)
+            write_whole(job_dir / "resume.pt", partial(torch.save, {"optimizer": optimizer.state(), "rows": rows}))
         if stop_asked and step < total_steps:
             return None
 
@@ -187,12 +180,21 @@ def train(job_dir: Path, stop: dict) -> dict | None:
 
 
 def row_of_step(step: int, loss: float, accuracy: float, plan: Plan, mean_losses: Callable) -> dict:
-    """Return the figures of a step; JobFailed if its loss is no number."""
+    """Return the figures of a step; JobFailed if its loss is no number.
+
+    The validation file's are now and then those of one batch, another one each time, and after an epoch of all of it.
+    """
     if not math.isfinite(loss):
         sentence = f"The training loss is no number at step {step}; choose a lower learning_rate_multiplier."
         raise JobFailed("training_diverged", sentence, "learning_rate_multiplier")
     figures = {"train_loss": loss, "train_mean_token_accuracy": accuracy}
-    figures |= validation_figures(mean_losses, plan, step)
+    rows, epoch_ends = plan.validation, step % plan.steps_per_epoch == 0
+    if rows and (epoch_ends or step % max(1, plan.steps_per_epoch // VALIDATIONS_PER_EPOCH) == 0):
+        start = step * plan.batch_size % len(rows)
+        batch = (rows + rows)[start : start + plan.batch_size]
+        figures["valid_loss"], figures["valid_mean_token_accuracy"] = mean_losses(batch)
+        if epoch_ends:
+            figures["full_valid_loss"], figures["full_valid_mean_token_accuracy"] = mean_losses(rows)
     return {"step": step, **{name: round(figure, 5) for name, figure in figures.items()}}
 
 
@@ -202,21 +204,6 @@ def finish(job_dir: Path, save: Callable, rows: list[dict], journal: Journal, pl
     write_whole(job_dir / "result.csv", lambda scratch: write_results(scratch, rows))
     os.fsync(journal.file.fileno())  # after the last word nobody reports a step again
     return {"status": "succeeded", "trained_tokens": plan.trained_tokens}
-
-
-def validation_figures(mean_losses: Callable[[list[Encoded]], tuple[float, float]], plan: Plan, step: int) -> dict:
-    """Return the loss of one batch of the validation file, another one each time, and after an epoch of all of it."""
-    rows, size = plan.validation, plan.batch_size
-    epoch_ends = step % plan.steps_per_epoch == 0
-    if not rows or not (epoch_ends or step % max(1, plan.steps_per_epoch // VALIDATIONS_PER_EPOCH) == 0):
-        return {}
-    start = step * size % len(rows)
-    loss, accuracy = mean_losses((rows + rows)[start : start + size])
-    figures = {"valid_loss": loss, "valid_mean_token_accuracy": accuracy}
-    if epoch_ends:
-        loss, accuracy = mean_losses(rows)
-        figures |= {"full_valid_loss": loss, "full_valid_mean_token_accuracy": accuracy}
-    return figures
 
 
 def main(argv: list[str] | None = None) -> int:
