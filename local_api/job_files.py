@@ -7,8 +7,7 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -63,26 +62,24 @@ def whole_reports(text: bytes) -> tuple[list[dict], int]:
     return reports, size
 
 
-def write_file(target: Path, fill: Callable[[Path], Any]) -> None:
-    """Let `fill(path)` write a file and put it in place of `target` at once: never half of it, never none."""
+def write_whole(target: Path, fill: Callable[[Path], Any]) -> None:
+    """Let `fill(path)` write a file or a folder, and put it in place of `target` at once: never half of it."""
     process = os.environ.get("RANK", "0")  # of several that train one job, each may have the same to say
     scratch = target.with_name(f".{target.name}.{process}.new")
-    with only_os_errors(target):
-        fill(scratch)
-    with open(scratch, "rb+") as file:
-        os.fsync(file.fileno())
-    os.replace(scratch, target)
-    flush_directory(target.parent)
-
-
-@contextmanager
-def only_os_errors(target: Path) -> Iterator[None]:
-    """Turn the libraries' many complaints about a full disk into an OSError."""
+    shutil.rmtree(scratch, ignore_errors=True)
     try:
-        yield
-    except Exception as error:
+        fill(scratch)
+    except Exception as error:  # the libraries complain of a full disk in many ways
         reason = getattr(error, "strerror", None) or " ".join(str(error).split())[:200]
         raise OSError(f"{target.name} cannot be written ({reason})") from error
+    for path in scratch.iterdir() if scratch.is_dir() else [scratch]:
+        with open(path, "rb+") as file:
+            os.fsync(file.fileno())
+    if scratch.is_dir():
+        flush_directory(scratch)
+        shutil.rmtree(target, ignore_errors=True)
+    os.replace(scratch, target)
+    flush_directory(target.parent)
 
 
 def flush_directory(directory: Path) -> None:
@@ -95,23 +92,17 @@ def flush_directory(directory: Path) -> None:
             os.close(descriptor)
 
 
-def write_adapter(target: Path, model: Any, metrics: dict | None = None) -> None:
-    """Save the adapter, and a checkpoint's metrics, to a folder that appears whole or not at all."""
-    scratch = target.with_name(f".{target.name}.new")
-    shutil.rmtree(scratch, ignore_errors=True)
-    with only_os_errors(target):
+def write_adapter(target: Path, save: Callable[..., None], metrics: dict | None = None) -> None:
+    """Save an adapter, by PEFT's `save_pretrained`, and a checkpoint's metrics to a folder."""
+
+    def fill(folder: Path) -> None:
         # save_embedding_layers=False: PEFT would otherwise ask the hub whether the vocabulary was changed.
-        model.save_pretrained(scratch, safe_serialization=True, save_embedding_layers=False)
-    (scratch / "README.md").unlink(missing_ok=True)  # PEFT's empty model card
-    if metrics:
-        (scratch / "metrics.json").write_text(json.dumps(metrics), encoding="utf-8")
-    for path in scratch.iterdir():
-        with open(path, "rb+") as file:
-            os.fsync(file.fileno())
-    flush_directory(scratch)
-    shutil.rmtree(target, ignore_errors=True)
-    os.replace(scratch, target)
-    flush_directory(target.parent)
+        save(folder, save_embedding_layers=False)
+        (folder / "README.md").unlink(missing_ok=True)  # PEFT's empty model card
+        if metrics:
+            (folder / "metrics.json").write_text(json.dumps(metrics), encoding="utf-8")
+
+    write_whole(target, fill)
 
 
 def write_results(path: Path, rows: list[dict]) -> None:

@@ -23,31 +23,16 @@ TYPICAL_TOKENS = 320  # in a part; half of them are learnt
 
 
 def fits(model: Any) -> bool:
-    """Tell whether LlamaStep computes what this PEFT model does: a Llama without extras, LoRA on each projection."""
+    """Tell whether LlamaStep computes what this model with an adapter of step.add_lora does: a Llama without extras."""
     from transformers import LlamaForCausalLM
 
     llama = model.get_base_model()
-    if type(llama) is not LlamaForCausalLM or llama.device.type != "cpu" or model.active_adapters != ["default"]:
+    if type(llama) is not LlamaForCausalLM or llama.device.type != "cpu":
         return False
-    if llama.config.hidden_act != "silu" or llama.config.attention_dropout or llama.lm_head.bias is not None:
+    if llama.config.hidden_act != "silu" or llama.config.attention_dropout:
         return False
-    projections = [module for name, module in llama.named_modules() if name.endswith("_proj")]
-    return len(projections) == 7 * len(llama.model.layers) and all(is_plain(projection) for projection in projections)
-
-
-def is_plain(projection: Any) -> bool:
-    """Tell whether a projection is x W' + s (x A') B' and nothing more: no bias, no dropout, no quantized weights."""
-    from peft.tuners.lora import Linear
-
-    return (
-        type(projection) is Linear
-        and type(projection.base_layer) is torch.nn.Linear
-        and projection.base_layer.bias is None
-        and projection.base_layer.weight.dtype == projection.lora_A["default"].weight.dtype
-        and isinstance(projection.lora_dropout["default"], torch.nn.Identity)
-        and not projection.lora_bias["default"]
-        and not projection.lora_variant  # DoRA and its like
-    )
+    weights = [module.base_layer for name, module in llama.named_modules() if name.endswith("_proj")]
+    return all(type(layer) is torch.nn.Linear and layer.bias is None for layer in weights)  # not quantized
 
 
 class LlamaStep:

@@ -10,8 +10,9 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import psutil
 
@@ -20,14 +21,15 @@ TRY_LATER = 75  # a trainer's exit code for a fault that may pass (EX_TEMPFAIL o
 LATER = "The trainer could not use its files: "  # what it says then: a launcher has an exit code of its own
 
 
-def lock_directory(directory: Path) -> Any:
-    """Return a lock on the directory, held until its `release` or the process's end; None if another process has it."""
+def lock_directory(directory: Path) -> Callable[[], None] | None:
+    """Lock a directory until the process ends or calls what this returns; return None if another process has it."""
     if os.name == "nt":  # knows no lock of a directory, and lets nobody remove a file that is open
         from filelock import FileLock, Timeout
 
         lock = FileLock(directory / "in-use.lock")
         with contextlib.suppress(Timeout):
-            return lock.acquire(timeout=0).lock
+            lock.acquire(timeout=0)
+            return lock.release
         return None
     import fcntl
 
@@ -37,28 +39,20 @@ def lock_directory(directory: Path) -> Any:
     except BlockingIOError:
         os.close(descriptor)
         return None
-    return DirectoryLock(descriptor)
+    return partial(os.close, descriptor)
 
 
-class DirectoryLock:
-    def __init__(self, descriptor: int):
-        self.descriptor = descriptor
-
-    def release(self) -> None:
-        os.close(self.descriptor)
-
-
-def lock_job(directory: Path) -> Any:
-    """In a trainer: take the lock of its job's directory and leave the process's id there; None if there is another."""
-    if lock := lock_directory(directory):
+def lock_job(directory: Path) -> Callable[[], None] | None:
+    """In a trainer: lock its job's directory, as above, and leave the process's id there."""
+    if release := lock_directory(directory):
         (directory / "trainer.pid").write_text(str(os.getpid()))
-    return lock
+    return release
 
 
 def trainer_of(directory: Path) -> psutil.Process | None:
     """Return the trainer that is at work in a job's directory, if it is one of this machine's processes."""
-    if lock := lock_directory(directory):
-        lock.release()
+    if release := lock_directory(directory):
+        release()
         return None
     try:
         trainer = psutil.Process(int((directory / "trainer.pid").read_text()))
@@ -72,21 +66,15 @@ def stop_processes(processes: list[psutil.Process]) -> None:
     """Ask these processes and their children to end, and kill what has not ended after STOP_SECONDS."""
     family: list[psutil.Process] = []
     for process in processes:
-        try:
+        with contextlib.suppress(psutil.NoSuchProcess):
             family += [process, *process.children(recursive=True)]
-        except psutil.NoSuchProcess:
-            continue
     for process in family:
-        try:
+        with contextlib.suppress(psutil.NoSuchProcess, OSError):
             if os.name == "nt":  # terminate() would be a kill; CTRL_BREAK is what a process can answer there
                 process.send_signal(signal.CTRL_BREAK_EVENT)  # type: ignore[attr-defined]
             else:
                 process.terminate()
-        except (psutil.NoSuchProcess, OSError):
-            continue
     _, alive = psutil.wait_procs(family, timeout=STOP_SECONDS)
     for process in alive:
-        try:
+        with contextlib.suppress(psutil.NoSuchProcess):
             process.kill()
-        except psutil.NoSuchProcess:
-            continue

@@ -4,6 +4,7 @@ All of it can be read and recorded again at any time: an event's id follows from
 report a step again, and each is in the store once, whatever a kill or a power cut has left of the files.
 """
 
+import time
 from pathlib import Path
 
 from local_api.files import add_file
@@ -19,33 +20,43 @@ class Reports:
     def __init__(self, store: Store, job_id: str, directory: Path):
         self.store, self.job_id, self.directory = store, job_id, directory
         self.position = 0  # bytes of events.jsonl that have been read
+        self.first: tuple[int, float] | None = None  # the first new step, and when it was read
 
-    def read(self) -> bool:
-        """Copy what the trainer has written since the last time; return whether a new step is among it."""
+    def read(self) -> None:
+        """Copy what the trainer has written since the last time."""
         try:
             with open(self.directory / "events.jsonl", "rb") as file:
                 file.seek(self.position)
                 new = file.read()
         except FileNotFoundError:
-            return False
+            return
         if not new:
-            return False
+            return
         reports, read = whole_reports(new)  # of the rest, the trainer writes anew what it has not written whole
-        steps, changes = 0, Document()
+        last_step, changes = None, Document()
         with self.store.transaction():
             job = self.store.get(JOB, self.job_id) or {}
             for report in reports:
                 if report["type"] == "update":
-                    changes.update(update(job, report))
+                    changes |= resolved(job, report.get("hyperparameters", {}))
                     continue
                 is_step = report["type"] == "metrics"
                 what = f"step {report['data']['step']}" if is_step else f"{report['created_at']} {report['message']}"
                 added = add_event(self.store, self.job_id, **report, id=event_id(self.job_id, what))
-                steps += added and is_step
+                if added and is_step:
+                    last_step = report["data"]
+            if last_step and job["status"] == "running":
+                changes["estimated_finish"] = self.estimate(last_step)
             if changes:
                 self.store.update(JOB, self.job_id, **changes)
         self.position += read
-        return steps > 0
+
+    def estimate(self, step: Document) -> int | None:
+        """Return when all steps will be done, by the pace since the first one; None as long as there is no other."""
+        number, seconds = step["step"], time.time()
+        self.first = self.first or (number, seconds)
+        done = number - self.first[0]
+        return int(seconds + (seconds - self.first[1]) / done * (step["total_steps"] - number)) if done else None
 
     def outcome(self) -> Document | None:
         try:
@@ -84,11 +95,7 @@ class Reports:
         self.store.add({**model, "_base": job["_base"], "_adapter": where}, job["id"])
 
 
-def update(job: Document, report: Document) -> Document:
-    changes: Document = {}
-    if resolved := report.get("hyperparameters"):
-        changes["hyperparameters"] = {**job["hyperparameters"], **resolved}
-        changes["method"] = {"type": "supervised", "supervised": {"hyperparameters": changes["hyperparameters"]}}
-    if report.get("estimated_finish") and job["status"] == "running":
-        changes["estimated_finish"] = int(report["estimated_finish"])
-    return changes
+def resolved(job: Document, numbers: Document) -> Document:
+    """Return what changes in a job when its trainer has put numbers in the place of "auto"."""
+    numbers = {**job["hyperparameters"], **numbers}
+    return {"hyperparameters": numbers, "method": {"type": "supervised", "supervised": {"hyperparameters": numbers}}}

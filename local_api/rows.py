@@ -15,17 +15,11 @@ class Fault(NamedTuple):
     message: str  # what is wrong and how to cure it, without a full stop
 
 
-class Row(NamedTuple):
-    line: int  # from 1; blank lines count and are no rows
-    value: Any  # what the JSON says, or a Fault
+def read_rows(path: str | Path) -> Iterator[tuple[int, Any]]:
+    """Yield each row of the file: its line (blank ones count and are no rows), and what the JSON says or a Fault.
 
-
-class DuplicateKey(ValueError):
-    pass
-
-
-def read_rows(path: str | Path) -> Iterator[Row]:
-    """Yield each row of the file. What makes the rest of it worthless, a `broken-file`, ends it. OSError: no file."""
+    What makes the rest of the file worthless, a `broken-file`, ends it. OSError: no file.
+    """
     with open(path, "rb") as file:
         is_first = True
         for number, line in enumerate(file, 1):
@@ -36,12 +30,12 @@ def read_rows(path: str | Path) -> Iterator[Row]:
                 value: Any = Fault("broken-file", "this is an array; an upload is JSON Lines, one object a line")
             else:
                 value = parse(text)
-            yield Row(number, value)
+            yield number, value
             if isinstance(value, Fault) and value.kind == "broken-file":
                 return
             is_first = False
         if is_first:
-            yield Row(1, Fault("broken-file", "the file is empty; see whether it was saved"))
+            yield 1, Fault("broken-file", "the file is empty; see whether it was saved")
 
 
 def parse(line: bytes) -> Any:
@@ -56,8 +50,8 @@ def parse(line: bytes) -> Any:
         return Fault("broken-file", f"byte 0x{line[error.start]:02x} is not UTF-8; save the file as UTF-8")
     except UnicodeEncodeError:
         return Fault("lone-surrogate", "the text holds half of a character (\\ud800 to \\udfff); delete or mend it")
-    except DuplicateKey as error:
-        return Fault("duplicate-key", str(error))
+    except KeyError as error:
+        return Fault("duplicate-key", f"the key {error.args[0]!r} stands twice; keep one")
     except json.JSONDecodeError as error:
         return Fault("invalid-json", f"{error.msg} at column {error.colno}; a line must be one JSON object")
     except (ValueError, RecursionError):  # an integer of thousands of digits is a ValueError too
@@ -65,10 +59,10 @@ def parse(line: bytes) -> Any:
 
 
 def unique_keys(pairs: list[tuple[str, Any]]) -> dict:
+    """Return the object; KeyError with a key that it has twice."""
     row = dict(pairs)
     if len(row) < len(pairs):  # readers would take the last one without a word
-        key = Counter(key for key, _ in pairs).most_common(1)[0][0]
-        raise DuplicateKey(f"the key {key!r} stands twice; keep one")
+        raise KeyError(Counter(key for key, _ in pairs).most_common(1)[0][0])
     return row
 
 

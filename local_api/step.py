@@ -15,9 +15,7 @@ WARMUP_SHARE = 0.06  # of all steps
 MAX_GRADIENT_NORM = 1.0
 # A larger batch is computed in parts of about so many tokens: it bounds memory, and a CPU gains nothing by more.
 TOKENS_AT_ONCE = {"cpu": 1024, "mps": 4096, "cuda": 4096}
-# In bfloat16 on a CPU a step of rows like the tutorial's takes 17 % longer with PyTorch's fused attention than with
-# plain matrix products. At 1,000 tokens the fused one is faster, and the plain one would take much memory.
-PLAIN_ATTENTION_TOKENS = 512
+PLAIN_ATTENTION_TOKENS = 512  # longer rows' matrix of scores, which LlamaStep makes, would take much memory
 
 # --- the data of a step ---
 
@@ -49,14 +47,6 @@ def parts(rows: list[Encoded], tokens_at_once: int) -> list[list[Encoded]]:
 
 
 # --- the model ---
-
-
-def choose_attention(model: Any, longest_row: int) -> None:
-    """Take plain matrix products for the attention where they are quicker than PyTorch's fused kernel."""
-    import torch
-
-    if model.device.type == "cpu" and model.dtype == torch.bfloat16 and longest_row <= PLAIN_ATTENTION_TOKENS:
-        model.set_attn_implementation("eager")
 
 
 def add_lora(model: Any, adapter: str | None, base_model: str, exact: bool = False) -> Any:

@@ -31,13 +31,12 @@ from typing import Any, NamedTuple
 
 from . import base_models
 from .encoding import Encoded, read_examples
-from .job_files import Journal, flush_directory, write_adapter, write_file, write_results
+from .job_files import Journal, flush_directory, write_adapter, write_results, write_whole
 from .processes import LATER, TRY_LATER, lock_job
 from .step import (
     BASE_LEARNING_RATE,
     Optimizer,
     add_lora,
-    choose_attention,
     epoch_batches,
     mean_losses,
     quicken,
@@ -51,7 +50,6 @@ MAX_TOKENS_PER_EXAMPLE = 65_536  # the API's limit; longer examples are cut from
 KEPT_CHECKPOINTS = 3  # the API keeps those of the last three epochs
 SAVE_SECONDS = 300.0  # at most so much work is repeated after a crash, however long an epoch is
 VALIDATIONS_PER_EPOCH = 4  # quick looks at one validation batch, beside the full pass after each epoch
-PROGRESS_SECONDS = 5.0  # how often the expected end is reported
 
 
 # --- what the job is given ---
@@ -81,11 +79,10 @@ def auto_epochs(examples: int) -> int:
 class Plan(NamedTuple):
     """What a job comes to, once its files are read."""
 
-    examples: list[Encoded]
+    batches: list[list[Encoded]]  # one for each step
     validation: list[Encoded]
-    settings: dict  # n_epochs, batch_size, learning_rate_multiplier: numbers
+    batch_size: int
     steps_per_epoch: int
-    total_steps: int
     learning_rate: float
     trained_tokens: int
 
@@ -98,33 +95,26 @@ def make_plan(job: dict, model: Any, tokenizer: Any, journal: Journal) -> Plan:
     validation = read_examples(path, tokenizer, limit, "validation_file", journal.warn) if path else []
     settings = resolve(job["hyperparameters"], len(examples))
     journal.write(type="update", hyperparameters=settings)
-    steps_per_epoch = math.ceil(len(examples) / settings["batch_size"])
-    total_steps = settings["n_epochs"] * steps_per_epoch
+    n_epochs, size = settings["n_epochs"], settings["batch_size"]
+    batches = [batch for epoch in range(n_epochs) for batch in epoch_batches(examples, size, job["seed"], epoch)]
     rate = BASE_LEARNING_RATE * settings["learning_rate_multiplier"]
-    tokens = settings["n_epochs"] * sum(len(example.ids) for example in examples)
-    return Plan(examples, validation, settings, steps_per_epoch, total_steps, rate, tokens)
+    tokens = n_epochs * sum(len(example.ids) for example in examples)
+    return Plan(batches, validation, size, len(batches) // n_epochs, rate, tokens)
 
 
 # --- what it leaves behind ---
 
 
-def save_checkpoint(job_dir: Path, model: Any, row: dict) -> None:
+def save_checkpoint(job_dir: Path, save: Callable, row: dict) -> None:
     """Keep the adapter as it is after an epoch, and only the last KEPT_CHECKPOINTS of them."""
     folder = job_dir / "checkpoints"
     folder.mkdir(exist_ok=True)
     flush_directory(job_dir)
     metrics = {"step_number": row["step"], "created_at": int(time.time()), "metrics": row}
-    write_adapter(folder / f"step-{row['step']}", model, metrics)
+    write_adapter(folder / f"step-{row['step']}", save, metrics)
     kept = sorted(folder.glob("step-*"), key=lambda path: int(path.name.removeprefix("step-")))
     for old in kept[:-KEPT_CHECKPOINTS]:
         shutil.rmtree(old)
-
-
-def save_resume_state(job_dir: Path, optimizer: Optimizer, rows: list[dict]) -> None:
-    import torch
-
-    state = {"optimizer": optimizer.state(), "rows": rows}
-    write_file(job_dir / "resume.pt", lambda scratch: torch.save(state, scratch))
 
 
 def load_resume_state(job_dir: Path, optimizer: Optimizer, journal: Journal) -> list[dict]:
@@ -161,86 +151,65 @@ def train(job_dir: Path, stop: dict) -> dict | None:
     torch.manual_seed(job["seed"])
     model, tokenizer = base_models.load(Path(job["model_dir"]))
     plan = make_plan(job, model, tokenizer, journal)
-    examples, total_steps, steps_per_epoch = plan.examples, plan.total_steps, plan.steps_per_epoch
+    total_steps = len(plan.batches)
 
-    longest = max(len(row.ids) for row in examples + plan.validation)
-    choose_attention(model, longest)
     model = add_lora(model, job.get("adapter"), job["base_model"])
-    quicken(model, longest)
+    quicken(model, max(len(row.ids) for rows in [*plan.batches, plan.validation] for row in rows))
     optimizer = Optimizer(model, plan.learning_rate, total_steps)
     rows = load_resume_state(job_dir, optimizer, journal)
-    done = len(rows)
     for row in rows:  # those of which a power cut has taken the report
         journal.metrics(row, total_steps)
-    started = saved_at = time.monotonic()
-    reported_at = -math.inf
-    batches: list[list[Encoded]] = []
+    saved_at = time.monotonic()
 
-    for step in range(done + 1, total_steps + 1):
-        epoch, index = divmod(step - 1, steps_per_epoch)
-        if index == 0 or not batches:
-            batches = epoch_batches(examples, plan.settings["batch_size"], job["seed"], epoch)
-        loss, accuracy = train_step(model, optimizer, batches[index])
+    for step in range(len(rows) + 1, total_steps + 1):
+        loss, accuracy = train_step(model, optimizer, plan.batches[step - 1])
         rows.append(row_of_step(step, loss, accuracy, plan, partial(mean_losses, model)))
 
-        epoch_ends = index + 1 == steps_per_epoch
+        epoch_ends = step % plan.steps_per_epoch == 0
         now, stop_asked = time.monotonic(), stop["asked"]
         journal.metrics(rows[-1], total_steps)
         if epoch_ends:
-            save_checkpoint(job_dir, model, rows[-1])
+            save_checkpoint(job_dir, model.save_pretrained, rows[-1])
         if epoch_ends or stop_asked or now - saved_at >= SAVE_SECONDS:
             saved_at = now
-            save_resume_state(job_dir, optimizer, rows)
-        if now - reported_at >= PROGRESS_SECONDS:
-            reported_at = now
-            remaining = (now - started) / (step - done) * (total_steps - step)
-            journal.write(type="update", estimated_finish=int(time.time() + remaining))
+            write_whole(job_dir / "resume.pt", partial(torch.save, {"optimizer": optimizer.state(), "rows": rows}))
         if stop_asked and step < total_steps:
             return None
 
-    return finish(job_dir, model, rows, journal, plan)
+    return finish(job_dir, model.save_pretrained, rows, journal, plan)
 
 
 def row_of_step(step: int, loss: float, accuracy: float, plan: Plan, mean_losses: Callable) -> dict:
-    """Return the figures of a step; JobFailed if its loss is no number."""
+    """Return the figures of a step; JobFailed if its loss is no number.
+
+    The validation file's are now and then those of one batch, another one each time, and after an epoch of all of it.
+    """
     if not math.isfinite(loss):
         sentence = f"The training loss is no number at step {step}; choose a lower learning_rate_multiplier."
         raise JobFailed("training_diverged", sentence, "learning_rate_multiplier")
     figures = {"train_loss": loss, "train_mean_token_accuracy": accuracy}
-    figures |= validation_figures(mean_losses, plan, step)
+    rows, epoch_ends = plan.validation, step % plan.steps_per_epoch == 0
+    if rows and (epoch_ends or step % max(1, plan.steps_per_epoch // VALIDATIONS_PER_EPOCH) == 0):
+        start = step * plan.batch_size % len(rows)
+        batch = (rows + rows)[start : start + plan.batch_size]
+        figures["valid_loss"], figures["valid_mean_token_accuracy"] = mean_losses(batch)
+        if epoch_ends:
+            figures["full_valid_loss"], figures["full_valid_mean_token_accuracy"] = mean_losses(rows)
     return {"step": step, **{name: round(figure, 5) for name, figure in figures.items()}}
 
 
-def finish(job_dir: Path, model: Any, rows: list[dict], journal: Journal, plan: Plan) -> dict:
+def finish(job_dir: Path, save: Callable, rows: list[dict], journal: Journal, plan: Plan) -> dict:
     """Leave behind what was learnt, and return the outcome."""
-    write_adapter(job_dir / "adapter", model)
-    write_file(job_dir / "result.csv", lambda scratch: write_results(scratch, rows))
+    write_adapter(job_dir / "adapter", save)
+    write_whole(job_dir / "result.csv", lambda scratch: write_results(scratch, rows))
     os.fsync(journal.file.fileno())  # after the last word nobody reports a step again
     return {"status": "succeeded", "trained_tokens": plan.trained_tokens}
-
-
-def validation_figures(mean_losses: Callable[[list[Encoded]], tuple[float, float]], plan: Plan, step: int) -> dict:
-    """Return the loss of one batch of the validation file, another one each time, and after an epoch of all of it."""
-    rows, size = plan.validation, plan.settings["batch_size"]
-    epoch_ends = step % plan.steps_per_epoch == 0
-    if not rows or not (epoch_ends or step % max(1, plan.steps_per_epoch // VALIDATIONS_PER_EPOCH) == 0):
-        return {}
-    start = step * size % len(rows)
-    loss, accuracy = mean_losses((rows + rows)[start : start + size])
-    figures = {"valid_loss": loss, "valid_mean_token_accuracy": accuracy}
-    if epoch_ends:
-        loss, accuracy = mean_losses(rows)
-        figures |= {"full_valid_loss": loss, "full_valid_mean_token_accuracy": accuracy}
-    return figures
 
 
 def main(argv: list[str] | None = None) -> int:
     arguments = sys.argv[1:] if argv is None else argv
     if len(arguments) != 1 or not (Path(arguments[0]) / "job.json").is_file():
         print("Usage: python -m local_api.train JOB_DIR   (a directory that holds job.json)", file=sys.stderr)
-        return 2
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:  # what torchrun and accelerate tell each process
-        print("This trainer is one process; several run local_api.train_distributed.", file=sys.stderr)
         return 2
     base_models.share_processor(base_models.BUSY_LOOPS)
     job_dir = Path(arguments[0])
@@ -256,11 +225,11 @@ def run_job(job_dir: Path, train: Callable[[dict], dict | None]) -> int:
         if hasattr(signal, name):
             signal.signal(getattr(signal, name), lambda *_: stop.update(asked=True))
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C in the server's terminal reaches us too; the server decides
-    lock = None
+    release = None
     try:
         is_first = os.environ.get("RANK", "0") == "0"  # of several processes that train one job
-        lock = lock_job(job_dir) if is_first else None
-        if is_first and not lock:
+        release = lock_job(job_dir) if is_first else None
+        if is_first and not release:
             raise OSError("another trainer is at work in the job's directory")
         try:
             outcome = train(stop)
@@ -268,14 +237,14 @@ def run_job(job_dir: Path, train: Callable[[dict], dict | None]) -> int:
             outcome = {"status": "failed", "error": job_failed(error).error}
         if outcome:
             text = json.dumps(outcome)
-            write_file(job_dir / "outcome.json", lambda scratch: scratch.write_text(text, encoding="utf-8"))
+            write_whole(job_dir / "outcome.json", lambda scratch: scratch.write_text(text, encoding="utf-8"))
     except (OSError, base_models.ModelOutOfReach) as error:  # a full disk, a folder taken away: it goes on later
         reason = getattr(error, "strerror", None) or str(error).rstrip(".")
         print(f"{LATER}{reason}.", file=sys.stderr)
         return TRY_LATER
     finally:
-        if lock:
-            lock.release()
+        if release:
+            release()
     return 1 if outcome and outcome["status"] == "failed" else 0
 
 

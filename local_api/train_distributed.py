@@ -22,6 +22,8 @@ import math
 import os
 import sys
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -35,11 +37,43 @@ from torch.distributed.elastic.multiprocessing.errors import record  # noqa: E40
 from . import train  # noqa: E402
 from .encoding import Encoded  # noqa: E402
 from .job_files import Journal  # noqa: E402
-from .sharing import Part, cut, share, tensors  # noqa: E402
-from .step import MAX_GRADIENT_NORM, TOKENS_AT_ONCE, add_lora, epoch_batches, learning_rates, summed_loss  # noqa: E402
+from .step import MAX_GRADIENT_NORM, TOKENS_AT_ONCE, add_lora, learning_rates, padded, summed_loss  # noqa: E402
 from .validation import JobFailed  # noqa: E402
 
 TOKENS_AT_ONCE_IN_4BIT = 1024  # who trains in 4 bits has little memory
+
+
+class Part(NamedTuple):
+    """What one process computes at once: some rows of a batch, and how many tokens the whole batch trains.
+
+    Those go with it so that the loss is their mean however the batch was cut.
+    """
+
+    rows: list[Encoded]
+    batch_tokens: int
+
+
+def cut(rows: list[Encoded], processes: int, tokens_at_once: int) -> int:
+    """Return into how many parts each process cuts its share of these rows, so that no part has too many tokens."""
+    rows_at_once = max(1, tokens_at_once // max(len(row.ids) for row in rows))
+    return math.ceil(len(rows) / processes / rows_at_once)
+
+
+def share(rows: list[Encoded], parts: int, process: int, processes: int) -> list[Part]:
+    """Return this process's parts of a batch. A part that no row is left for gets one that trains nothing.
+
+    All processes must compute the same number of parts: each waits for the others' gradients.
+    """
+    tokens = sum(sum(row.trained[1:]) for row in rows)
+    nothing = [Encoded(rows[0].ids, [False] * len(rows[0].ids))]
+    return [Part(rows[n :: parts * processes] or nothing, tokens) for n in range(process, parts * processes, processes)]
+
+
+def tensors(parts: list[Part]) -> dict[str, Any]:
+    """Return a part as the model takes it."""
+    [part] = parts
+    ids, trained = padded(part.rows)
+    return {"input_ids": ids, "trained": trained, "batch_tokens": part.batch_tokens}
 
 
 class Trainer(transformers.Trainer):
@@ -52,7 +86,6 @@ class Trainer(transformers.Trainer):
         super().__init__(model, args)
         self.parts, self.tokens_at_once = parts, tokens_at_once
         self.figures = torch.zeros(2, device=args.device)  # of the step under way: summed loss, how many were right
-        self.remove_callback(transformers.PrinterCallback)
 
     def get_train_dataloader(self) -> Any:
         parts: Any = self.parts
@@ -87,8 +120,8 @@ class Trainer(transformers.Trainer):
         loss, right = self.accelerator.reduce(figures).tolist()
         return loss / parts[0].batch_tokens, right / parts[0].batch_tokens
 
-    def whole_adapter(self) -> Any:
-        """Return the model, ready to save its adapter, whose weights may be spread; all processes must call this."""
+    def adapter_saver(self) -> Callable:
+        """Return what saves the adapter. Its weights may be spread over the processes: all of them must call this."""
         weights = None
         if self.is_fsdp_enabled:
             from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
@@ -101,22 +134,12 @@ class Trainer(transformers.Trainer):
             trained = {name: weight for name, weight in self.model.named_parameters() if weight.requires_grad}
             with deepspeed.zero.GatheredParameters(list(trained.values())):
                 weights = {name: weight.detach().cpu().clone() for name, weight in trained.items()}
-        return WholeAdapter(self.accelerator.unwrap_model(self.model), weights)
+        return partial(self.accelerator.unwrap_model(self.model).save_pretrained, state_dict=weights)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        adapter = self.whole_adapter()
+        save = self.adapter_saver()
         if self.args.should_save:
-            adapter.save_pretrained(output_dir, save_embedding_layers=False)
-
-
-class WholeAdapter(NamedTuple):
-    """A model and the weights of its adapter, gathered from all processes (None: the model has them)."""
-
-    model: Any
-    weights: dict | None
-
-    def save_pretrained(self, folder: Any, **how: Any) -> None:
-        self.model.save_pretrained(folder, state_dict=self.weights, **how)
+            save(output_dir, save_embedding_layers=False)
 
 
 class Reporter(transformers.TrainerCallback):
@@ -124,41 +147,34 @@ class Reporter(transformers.TrainerCallback):
 
     def __init__(self, trainer: Trainer, job_dir: Path, plan: train.Plan, journal: Journal, stop: dict):
         self.trainer, self.job_dir, self.plan, self.journal, self.stop = trainer, job_dir, plan, journal, stop
-        self.writes = trainer.accelerator.is_main_process
-        self.started = self.saved_at = time.monotonic()
-        self.first_step, self.reported_at = 0, -math.inf
+        self.saved_at = time.monotonic()
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self.first_step = state.global_step
         kind, precision = self.trainer.accelerator.distributed_type.value, args.mixed_precision
         self.journal.say(f"Processes that share each batch: {args.world_size} ({kind}, mixed precision {precision}).")
         if state.global_step:
             self.journal.say(f"Training goes on from step {state.global_step}.")
         for row in rows_of(state):  # those of which a power cut has taken the report
-            self.journal.metrics(row, self.plan.total_steps)
+            self.journal.metrics(row, len(self.plan.batches))
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         trainer, plan, step = self.trainer, self.plan, state.global_step
-        wishes = [self.stop["asked"], self.writes and time.monotonic() - self.saved_at >= train.SAVE_SECONDS]
+        wishes = [self.stop["asked"], time.monotonic() - self.saved_at >= train.SAVE_SECONDS]
         # Added up over all processes, so that all of them save and stop together.
         figures = trainer.accelerator.reduce(torch.cat([trainer.figures, trainer.figures.new_tensor(wishes)])).tolist()
         trainer.figures.zero_()
         tokens = trainer.parts[step * args.gradient_accumulation_steps - 1].batch_tokens
         row = train.row_of_step(step, figures[0] / tokens, figures[1] / tokens, plan, trainer.mean_losses)
-        self.journal.metrics(row, plan.total_steps)
+        self.journal.metrics(row, len(plan.batches))
         state.log_history.append(row)  # is saved with the state
         epoch_ends, stops, late = step % plan.steps_per_epoch == 0, figures[2] > 0, figures[3] > 0
         if epoch_ends:
-            adapter = trainer.whole_adapter()
-            if self.writes:
-                train.save_checkpoint(self.job_dir, adapter, row)
+            save = trainer.adapter_saver()
+            if args.should_save:
+                train.save_checkpoint(self.job_dir, save, row)
         if epoch_ends or stops or late:
             control.should_save, self.saved_at = True, time.monotonic()
-        control.should_training_stop = stops or step == plan.total_steps
-        if time.monotonic() - self.reported_at >= train.PROGRESS_SECONDS:
-            self.reported_at = time.monotonic()
-            remaining = (self.reported_at - self.started) / (step - self.first_step) * (plan.total_steps - step)
-            self.journal.write(type="update", estimated_finish=int(time.time() + remaining))
+        control.should_training_stop = stops or step == len(plan.batches)
 
 
 def rows_of(state: Any) -> list[dict]:
@@ -201,12 +217,9 @@ def run(job_dir: Path, in_4bit: bool, stop: dict) -> dict | None:
     torch.manual_seed(job["seed"])
     model = add_lora(model, job.get("adapter"), job["base_model"], exact=True)
 
-    batches = []
-    for epoch in range(plan.settings["n_epochs"]):
-        batches += epoch_batches(plan.examples, plan.settings["batch_size"], job["seed"], epoch)
     tokens_at_once = TOKENS_AT_ONCE_IN_4BIT if in_4bit else TOKENS_AT_ONCE.get(args.device.type, 4096)
-    parts = max(cut(batch, args.world_size, tokens_at_once) for batch in batches)
-    shares = [part for batch in batches for part in share(batch, parts, args.process_index, args.world_size)]
+    parts = max(cut(batch, args.world_size, tokens_at_once) for batch in plan.batches)
+    shares = [part for batch in plan.batches for part in share(batch, parts, args.process_index, args.world_size)]
     args.gradient_accumulation_steps, args.learning_rate = parts, plan.learning_rate
 
     trainer = Trainer(model, args, shares, tokens_at_once)
@@ -214,11 +227,11 @@ def run(job_dir: Path, in_4bit: bool, stop: dict) -> dict | None:
     saved = (job_dir / "resume").glob("checkpoint-*/trainer_state.json")  # the last file that Trainer writes
     last = max(saved, key=lambda path: int(path.parent.name.removeprefix("checkpoint-")), default=None)
     trainer.train(resume_from_checkpoint=str(last.parent) if last else None)
-    adapter = trainer.whole_adapter()
+    save = trainer.adapter_saver()
     trainer.accelerator.end_training()
-    if trainer.state.global_step < plan.total_steps or args.process_index:
+    if trainer.state.global_step < len(plan.batches) or args.process_index:
         return None
-    return train.finish(job_dir, adapter, rows_of(trainer.state), journal, plan)
+    return train.finish(job_dir, save, rows_of(trainer.state), journal, plan)
 
 
 @record  # so that a launcher's last words about a process that failed are what that process said

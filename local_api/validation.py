@@ -43,16 +43,6 @@ def judge_file(path: Path) -> tuple[int, list[Problem]]:
     return examples, problems
 
 
-def few_examples(examples: int) -> Problem | None:
-    """Return what is wrong with a training file of so few examples."""
-    if examples < MIN_EXAMPLES:
-        return Problem(None, "too-few-examples", f"{examples} valid examples; training takes {MIN_EXAMPLES} or more")
-    if examples < ADVISED_EXAMPLES:
-        advice = f"{examples} examples; with fewer than {ADVISED_EXAMPLES} little is learnt"
-        return Problem(None, "few-examples", advice)
-    return None
-
-
 def validate(path: Path, param: str) -> None:
     """Raise JobFailed, with the API's code and a sentence, if a job cannot use this file.
 
@@ -71,8 +61,12 @@ def validate(path: Path, param: str) -> None:
 def check(path: Path) -> int:
     """Print every problem of a training file, a line each, and what follows from them; return the exit code."""
     examples, problems = judge_file(path)
-    if few := few_examples(examples):
-        problems.append(few)
+    if examples < MIN_EXAMPLES:
+        few = f"{examples} valid examples; training takes {MIN_EXAMPLES} or more"
+        problems.append(Problem(None, "too-few-examples", few))
+    elif examples < ADVISED_EXAMPLES:
+        few = f"{examples} examples; with fewer than {ADVISED_EXAMPLES} little is learnt"
+        problems.append(Problem(None, "few-examples", few))
     for problem in problems:
         place = path if problem.line is None else f"{path}:{problem.line}"
         print(f"{place}: {problem.level}: {problem.kind}: {problem.message}")

@@ -29,9 +29,8 @@ import subprocess
 import threading
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
+from typing import IO, NamedTuple
 
 import psutil
 
@@ -58,17 +57,15 @@ class JobWaits(Exception):
     """A job cannot go on now, and can later; the message is the sentence that says why."""
 
 
-@dataclass
-class Hindrance:
-    """How often a job was tried that something keeps from going on, when it is tried again, and what was said of it."""
+class Hindrance(NamedTuple):
+    """How often a job was tried that something keeps from going on, and when it is tried again."""
 
     tries: int = 0
     until: float = 0.0  # time.monotonic
-    told: str = ""
 
 
 class Worker:
-    """Three threads. Two validate the files of new jobs at once, one of them only small ones: these wait for none.
+    """Three threads. One validates the large files of new jobs and one the small ones, which so wait for no large one.
     The third trains the queued jobs one at a time, in order."""
 
     def __init__(self, store: Store, models: Models, trainer_command: Sequence[str]):
@@ -78,27 +75,23 @@ class Worker:
         self.training = False
         self._hindrances: dict[str, Hindrance] = {}  # by job
         self._news = threading.Condition()
-        self._taken: set[str] = set()  # the jobs that a thread is at work on
         lines = {
-            "validate": (self._validate_job, False, "validating_files"),
-            "validate small": (self._validate_job, True, "validating_files"),
-            "train": (self._train_job, False, "running", "queued"),
+            "validate": (self._validate_job, lambda job: not self._is_small(job), "validating_files"),
+            "validate small": (self._validate_job, self._is_small, "validating_files"),
+            "train": (self._train_job, lambda job: True, "running", "queued"),
         }
         self._threads = {
             name: threading.Thread(target=self._loop, args=line, name=name, daemon=True) for name, line in lines.items()
         }
 
     def start(self) -> None:
-        jobs = (self.store.job_dir(job["id"]) for job in self.store.find(JOB))
-        left_over = [trainer_of(directory) for directory in jobs if directory.is_dir()]  # their server was killed
+        left_over = map(trainer_of, (self.store.data_dir / "jobs").iterdir())  # their server was killed
         stop_processes([trainer for trainer in left_over if trainer])
         for thread in self._threads.values():
             thread.start()
 
     def wake(self) -> None:
         """Look for work at once: a job was made, or a client changed its status."""
-        for hindrance in list(self._hindrances.values()):
-            hindrance.until = 0
         with self._news:
             self._news.notify_all()
 
@@ -113,61 +106,51 @@ class Worker:
         if self._threads["train"].is_alive():  # what is being validated is validated anew
             self._threads["train"].join(max(0, self.stopping + STOP_SECONDS + 1 - time.monotonic()))
 
-    def _loop(self, handle: Callable[[Document], None], only_small: bool, *statuses: str) -> None:
+    def _loop(self, handle: Callable[[Document], None], is_mine: Callable[[Document], bool], *statuses: str) -> None:
         """Handle the oldest job of the first of these statuses that has one that can be tried, again and again."""
         while not self.stopping:
             try:
                 where = "json_extract(document, '$.status') = ?"
                 jobs = [job for status in statuses for job in self.store.find(JOB, where, (status,))]
-                if only_small:
-                    jobs = [job for job in jobs if self._is_small(job["id"])]
+                ready = next((job for job in jobs if self._may_try(job["id"]) and is_mine(job)), None)
             except Exception:  # a full disk, a deleted directory: the server lives
                 log.exception("The worker cannot use the data directory; it tries again")
-                jobs = []
-            with self._news:
-                free = [job for job in jobs if job["id"] not in self._taken and self._may_try(job["id"])]
-                ready = free[0] if free else None
-                if ready is None:
-                    self._news.wait(IDLE_SECONDS)
-                    continue
-                self._taken.add(ready["id"])
-            try:
+                ready = None
+            if ready:
                 self._handle_safely(handle, ready)
-            finally:
-                self._taken.discard(ready["id"])
+            else:
+                with self._news:
+                    self._news.wait(IDLE_SECONDS)
 
-    def _is_small(self, job_id: str) -> bool:
-        return sum(path.stat().st_size for path in self.store.job_dir(job_id).glob("*.jsonl")) <= SMALL_BYTES
+    def _is_small(self, job: Document) -> bool:
+        return sum(path.stat().st_size for path in self.store.job_dir(job["id"]).glob("*.jsonl")) <= SMALL_BYTES
 
     def _handle_safely(self, handle: Callable[[Document], None], job: Document) -> None:
         try:
             try:
                 handle(job)
-            except JobFailed as failure:
-                self._fail(job["id"], failure)
+            except (JobFailed, ModelUnavailable) as error:
+                self._fail(job["id"], job_failed(error))  # it raises a ModelOutOfReach anew: the job waits
             self._hindrances.pop(job["id"], None)
         except Exception as error:
             self._hinder(job["id"], error)
 
     def _may_try(self, job_id: str) -> bool:
-        hindrance = self._hindrances.get(job_id)
-        return hindrance is None or hindrance.until <= time.monotonic()
+        return self._hindrances.get(job_id, Hindrance()).until <= time.monotonic()
 
     def _hinder(self, job_id: str, error: Exception) -> None:
-        """Let the job wait, longer each time, for what is in its way; say what that is when it is new."""
+        """Let the job wait, longer each time, for what is in its way; say once what that is."""
         if isinstance(error, (JobWaits, ModelOutOfReach)):
             reason = str(error)
         else:
             reason = explain(error).detail
             log.error("%s waits: %s", job_id, reason, exc_info=error)
-        before = self._hindrances.get(job_id, Hindrance())
-        told = before.told
-        if told != reason:
-            with contextlib.suppress(Exception):  # the database may be what is in the way: then at the next try
-                add_event(self.store, job_id, f"The job waits and is tried again: {reason}", level="warn")
-                told = reason
-        until = time.monotonic() + min(MAX_WAIT_SECONDS, 2**before.tries)
-        self._hindrances[job_id] = Hindrance(before.tries + 1, until, told)
+        with contextlib.suppress(Exception):  # the database may be what is in the way: then at the next try
+            message = f"The job waits and is tried again: {reason}"
+            add_event(self.store, job_id, message, level="warn", id=event_id(job_id, message))
+        tries = self._hindrances.get(job_id, Hindrance()).tries
+        until = time.monotonic() + min(MAX_WAIT_SECONDS, 2**tries)
+        self._hindrances[job_id] = Hindrance(tries + 1, until)
 
     # Validation
 
@@ -178,10 +161,7 @@ class Worker:
                 validate(directory / f"{name}.jsonl", param)
         with self.store.transaction():
             if self._status(job["id"]) == "validating_files":
-                where = "json_extract(document, '$.status') IN ('running', 'queued')"
-                before = " and ".join(other["id"] for other in self.store.find(JOB, where))
-                told = f", behind {before}" if before else ""
-                add_event(self.store, job["id"], f"Files validated, moving job to queued state{told}")
+                add_event(self.store, job["id"], "Files validated, moving job to queued state")
                 self.store.update(JOB, job["id"], status="queued")
         self.wake()
 
@@ -194,16 +174,12 @@ class Worker:
             return
         if other := trainer_of(directory):
             stop_processes([other])
-        try:
-            weights = self.models.weights(job["_base"])
-        except ModelUnavailable as error:
-            raise job_failed(error) from None  # a ModelOutOfReach comes as it is: the job waits
+        weights = self.models.weights(job["_base"])
         with self.store.transaction():
             if self._status(job["id"]) not in ("queued", "running"):
                 return  # cancelled or paused meanwhile
-            if not (directory / "job.json").exists():
-                add_event(self.store, job["id"], "Fine-tuning job started", id=event_id(job["id"], "started"))
-            elif job["id"] not in self._hindrances:
+            is_new = add_event(self.store, job["id"], "Fine-tuning job started", id=event_id(job["id"], "started"))
+            if not is_new and job["id"] not in self._hindrances:
                 add_event(self.store, job["id"], "Fine-tuning job goes on from its last checkpoint")
             job = self.store.update(JOB, job["id"], status="running")
         self._write_job(job, directory, weights)
@@ -215,7 +191,6 @@ class Worker:
             stopped = self._follow(trainer, reports)
         finally:
             self.training = False
-        self._read(reports)
         if not self._take_outcome(reports) and not stopped:
             self._record_death(trainer.returncode, job["id"], directory, said_since(directory / "trainer.log", begun))
 
@@ -258,7 +233,7 @@ class Worker:
             if to_run and self._may_try(reports.job_id):
                 try:
                     to_run = self._status(reports.job_id) == "running"
-                    self._read(reports)
+                    reports.read()
                 except Exception as error:  # the trainer need not wait with it
                     self._hinder(reports.job_id, error)
             if not to_run:
@@ -267,10 +242,6 @@ class Worker:
                 return True
             time.sleep(POLL_SECONDS)
         return bool(self.stopping)  # a service manager may have stopped the two together
-
-    def _read(self, reports: Reports) -> None:
-        if reports.read():  # a new step: nothing is in the way any more
-            self._hindrances.pop(reports.job_id, None)
 
     def _status(self, job_id: str) -> str | None:
         return (self.store.get(JOB, job_id) or {}).get("status")
@@ -303,22 +274,17 @@ class Worker:
         # 0 without a last word: it was asked to stop, and has left behind where it was.
         if returncode in (0, -signal.SIGTERM):
             raise JobWaits("The trainer was stopped.")
-        saved = [path for path in (directory / "resume.pt", directory / "resume") if path.exists()]
-        progress = max((path.stat().st_mtime_ns for path in saved), default=0)
+        progress = max((path.stat().st_mtime_ns for path in directory.glob("resume*")), default=0)
         job = self.store.get(JOB, job_id) or {}
         times = job["_times_killed"] + 1 if job.get("_progress") == progress else 1
         self.store.update(JOB, job_id, _times_killed=times, _progress=progress)
         reason = f"The trainer stopped with exit code {returncode}: {last_line(said)}"
         if returncode < 0:
-            reason = f"The trainer was killed (signal {-returncode})."
-        if times < MAX_KILLS:
-            raise JobWaits(reason)
-        if returncode < 0:
             reason = (
-                f"The trainer was killed {times} times, the last time by signal {-returncode}; signal 9 mostly "
-                "means that the machine ran out of memory: try a smaller batch_size or a smaller model."
+                f"The trainer was killed (signal {-returncode}); signal 9 mostly means that the machine ran out of "
+                "memory: try a smaller batch_size or a smaller model."
             )
-        raise JobFailed("server_error", reason)
+        raise JobWaits(reason) if times < MAX_KILLS else JobFailed("server_error", reason)
 
 
 def said_since(path: Path, begun: int) -> list[str]:

@@ -66,8 +66,8 @@ def main():
     from local_api import train
 
     before(train.Journal, "metrics", "step", lambda _, row, __: row["step"] == 4)
-    before(train, "write_file", "checkpoint", lambda target, _: target.name == "resume.pt")
-    before(train, "write_file", "adapter", lambda target, _: target.name == "result.csv")
+    before(train, "write_whole", "checkpoint", lambda target, _: target.name == "resume.pt")
+    before(train, "write_whole", "adapter", lambda target, _: target.name == "result.csv")
     return train.main()
 
 

@@ -81,7 +81,6 @@ for step in range(done + 1, steps + 1):
     if asked_to_stop:
         write(resume, str(step - 1))
         sys.exit(0)
-    report(type="update", estimated_finish=int(time.time() + pause * (steps - step)))
     report_step(step)
     if step % 2 == 0:
         folder = directory / "checkpoints" / f"step-{step}"

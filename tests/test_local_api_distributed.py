@@ -24,7 +24,7 @@ from conftest import ROOT
 from local_api import __main__ as server
 from local_api import train_distributed, worker
 from local_api.encoding import Encoded
-from local_api.sharing import cut, share, tensors
+from local_api.train_distributed import cut, share, tensors
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="torchrun on Windows needs a PyTorch built with libuv")
 CONFIGS = ROOT / "examples" / "scaling"

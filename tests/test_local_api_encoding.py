@@ -125,7 +125,7 @@ def test_rows_that_are_cut_or_left_out_are_told_and_counted(tokenizer, tmp_path)
         read_examples(write(tmp_path / "rows.jsonl", [LONG_QUESTION] * 12), tokenizer, limit, "training_file")
     message = failure.value.error["message"]
     assert message.startswith(
-        "Only 0 example(s) are left: lines 1, 2, 3, 4, 5, 6, 7, 8, 9, 10 and 2 more are too long."
+        "Lines 1, 2, 3, 4, 5, 6, 7, 8, 9, 10 and 2 more are too long, and only 0 example(s) are left."
     )
     assert failure.value.error["code"] == "invalid_training_file" and "Shorten what stands before" in message
 

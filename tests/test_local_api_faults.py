@@ -176,13 +176,19 @@ def test_a_line_that_lacks_only_its_end_is_read_when_it_is_whole(tmp_path):
     store = Store(tmp_path)
     store.add({"object": "fine_tuning.job", "id": "ftjob-1", "status": "running"})
     read, path = reports.Reports(store, "ftjob-1", tmp_path), tmp_path / "events.jsonl"
-    lines = [json.dumps({"type": "metrics", "message": "", "data": {"step": step}, "created_at": 1}) for step in (1, 2)]
+    rows = [{"step": step, "total_steps": 3, "train_loss": 1.0} for step in (1, 2)]
+    lines = [json.dumps({"type": "metrics", "message": "", "data": row, "created_at": 1}) for row in rows]
     path.write_text(lines[0])
-    assert not read.read()
+    read.read()
+    assert not store.find("fine_tuning.job.event")
     path.write_text(f"{lines[0]}\n{lines[1]}")
-    assert read.read() and [event["data"]["step"] for event in store.find("fine_tuning.job.event")] == [1]
-    train.Journal(path).metrics({"step": 2, "train_loss": 1.0}, 2)
-    assert read.read() and [event["data"]["step"] for event in store.find("fine_tuning.job.event")] == [1, 2]
+    read.read()
+    assert [event["data"]["step"] for event in store.find("fine_tuning.job.event")] == [1]
+    assert store.get("fine_tuning.job", "ftjob-1")["estimated_finish"] is None, "one step alone has no pace"
+    train.Journal(path).metrics({"step": 2, "train_loss": 1.0}, 3)
+    read.read()
+    assert store.get("fine_tuning.job", "ftjob-1")["estimated_finish"] >= time.time() - 1
+    assert [event["data"]["step"] for event in store.find("fine_tuning.job.event")] == [1, 2]
     store.close()
 
 
@@ -323,9 +329,9 @@ def test_what_a_killed_conversion_left_is_taken_away_and_one_under_way_is_not(tm
     for name in (".making-left", ".making-now"):
         (folder / name).mkdir(parents=True)
     base_models.converted_dir(tmp_path).mkdir()
-    lock = processes.lock_directory(folder / ".making-now")
+    release = processes.lock_directory(folder / ".making-now")
     base_models.prepare(base_models.DEFAULT_BASE_MODEL, tmp_path)
-    lock.release()
+    release()
     assert sorted(path.name for path in folder.glob(".making-*")) == [".making-now"]
 
 
@@ -368,13 +374,13 @@ def test_a_small_job_does_not_wait_for_the_validation_of_a_large_one(tmp_path, m
 
 def test_a_lock_on_a_directory_holds_under_any_name_and_survives_its_files(tmp_path):
     (tmp_path / "one").mkdir()
-    lock = processes.lock_directory(tmp_path / "one")
-    assert lock and processes.lock_directory(tmp_path / "one") is None
+    release = processes.lock_directory(tmp_path / "one")
+    assert release and processes.lock_directory(tmp_path / "one") is None
     (tmp_path / "one").rename(tmp_path / "two")
     for path in (tmp_path / "two").iterdir():
         path.unlink()
     assert processes.lock_directory(tmp_path / "two") is None
-    lock.release()
+    release()
     assert processes.lock_directory(tmp_path / "two")
 
 

@@ -134,15 +134,6 @@ def test_all_else_is_computed_by_peft(family, more):
     assert all(gradient.any() for gradient in gradients.values())
 
 
-def test_an_adapter_with_more_than_low_rank_is_computed_by_peft():
-    from peft import LoraConfig, get_peft_model
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    for more in ({"use_dora": True}, {"lora_dropout": 0.1}, {"lora_bias": True}, {"target_modules": ["q_proj"]}):
-        base = LlamaForCausalLM(LlamaConfig(**SHAPE, **HEADS))
-        assert not llama_step.fits(get_peft_model(base, LoraConfig(task_type="CAUSAL_LM", **{**step.LORA, **more})))
-
-
 def held_out_loss(base, folder, monkeypatch, quick: bool, steps: int) -> float:
     """Train some steps from one seed, and return the loss on rows that were not trained on."""
     if not quick:

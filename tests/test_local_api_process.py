@@ -376,8 +376,7 @@ def test_an_orphaned_trainer_is_ended_by_the_next_server(tmp_path):
         first.client.close()
         with server(tmp_path) as second:
             assert not orphan.is_running() or orphan.status() == psutil.STATUS_ZOMBIE
-            second.wait_for_step(job, 3)
-            assert len(second.trainers()) == 1
+            wait_until(lambda: len(second.trainers()) == 1)
 
 
 def test_a_cancelled_job_stays_cancelled_after_kill_9(tmp_path):
