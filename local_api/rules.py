@@ -25,16 +25,11 @@ EXAMPLE_KEYS = {"messages", "tools", "parallel_tool_calls"}
 CONTROL_TOKEN = re.compile(
     r"<\|(?:(?:start|end)of(?:text|prompt)|fim_(?:prefix|middle|suffix)|im_(?:start|end|sep))\|>"
 )
-SECRETS = {
-    "a private key": r"-----BEGIN (?:[A-Z0-9]+ )*PRIVATE KEY[\s\S]*",
-    "an API key": r"(?<![A-Za-z0-9])sk-(?=[A-Za-z_-]{0,99}\d)[A-Za-z0-9_-]{20,}",
-    "an AWS access key": r"AKIA[A-Z0-9]{16}",
-    "a GitHub token": r"ghp_[A-Za-z0-9]{36,}|github_pat_[A-Za-z0-9_]{22,}",
-    "a Google API key": r"AIza[A-Za-z0-9_-]{35}",
-    "a Hugging Face token": r"hf_[A-Za-z0-9]{30,}",
-    "a Slack token": r"xox[abeprs]-[A-Za-z0-9-]{10,}",
-}
-ANY_SECRET = re.compile("|".join(SECRETS.values()))
+# A key of OpenAI and others, AWS, GitHub or Hugging Face; a private key
+SECRET = re.compile(
+    r"(?<!\w)sk-[\w-]{0,40}\w{20}[\w-]*|AKIA[A-Z0-9]{16}|(?:gh\w|github_pat|hf)_\w{30,}"
+    r"|-----BEGIN (?:[A-Z0-9]+ )*PRIVATE KEY[\s\S]*"
+)
 
 
 # --- an example as the rules see it: what has the wrong type is empty here, and a fault by a rule of its own ---
@@ -144,13 +139,9 @@ def has_blank_run(text: str) -> bool:
     return len(text) >= MAX_BLANKS and any(len(run) >= MAX_BLANKS for run in re.findall(r"\s+", text))
 
 
-def secrets_in(text: str) -> str:
-    return ", ".join(name for name, pattern in SECRETS.items() if re.search(pattern, text))
-
-
 def named(values: Collection) -> str:
     """'a', 'b': each value once, cut to what a line can take, and without secrets."""
-    return ", ".join(sorted({repr(ANY_SECRET.sub("[secret]", str(value))[:40]) for value in values}))
+    return ", ".join(sorted({repr(SECRET.sub("[secret]", str(value))[:40]) for value in values}))
 
 
 # --- the rules ---
@@ -176,7 +167,7 @@ RULES: dict[str, list[Rule]] = {
         ("unanswered-call", lambda e: e.unanswered,
          "nothing answers the call {} before the next turn; add a `tool` message with its id, or end with the call"),
         ("control-token", lambda e: named(CONTROL_TOKEN.findall(e.all_text)), "the text holds {}; the API rejects it"),
-        ("secret", lambda e: secrets_in(e.all_text), "the text holds {}; take it out, and revoke it if it is real"),
+        ("secret", lambda e: SECRET.search(e.all_text), "the text holds a key; take it out, revoke it if it is real"),
         ("blank-run", lambda e: has_blank_run(e.all_text),
          f"{MAX_BLANKS:,} blanks in a row break tokenizers; delete them"),
     ],
@@ -214,7 +205,7 @@ RULES: dict[str, list[Rule]] = {
 def judge(row: Any) -> Iterator[Fault]:
     """Yield what is wrong with one row: a value as JSON says it, or the Fault for which it could not be read."""
     if isinstance(row, Fault):
-        yield Fault(row.kind, ANY_SECRET.sub("[secret]", row.message)[:200])
+        yield Fault(row.kind, SECRET.sub("[secret]", row.message)[:200])
     elif not isinstance(row, dict):
         yield Fault("not-an-object", 'a row must be an object, such as {"messages": [...]}')
     elif not isinstance(row.get("messages"), list) or not row["messages"]:

@@ -161,7 +161,10 @@ class Worker:
                 validate(directory / f"{name}.jsonl", param)
         with self.store.transaction():
             if self._status(job["id"]) == "validating_files":
-                add_event(self.store, job["id"], "Files validated, moving job to queued state")
+                where = "json_extract(document, '$.status') IN ('running', 'queued')"
+                before = " and ".join(other["id"] for other in self.store.find(JOB, where))
+                told = f", behind {before}" if before else ""
+                add_event(self.store, job["id"], f"Files validated, moving job to queued state{told}")
                 self.store.update(JOB, job["id"], status="queued")
         self.wake()
 

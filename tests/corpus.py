@@ -12,13 +12,9 @@ import string
 ANSWER = "This answer is long enough that nobody would call it a short one, number "
 LETTERS = "".join(random.Random(1).choices(string.ascii_letters + string.digits, k=100)) + "9"
 SECRETS = [
-    ("an API key", "sk-" + LETTERS[:48]), ("an API key", "sk-proj-" + LETTERS[:30] + "_-" + LETTERS[30:60]),
-    ("an API key", "sk-ant-api03-" + LETTERS[:60]), ("an AWS access key", "AKIA" + "QWERTYUIOP123456"),
-    ("a GitHub token", "ghp_" + LETTERS[:36]), ("a GitHub token", "github_pat_" + LETTERS[:22] + "_" + LETTERS[:59]),
-    ("a Google API key", "AIza" + LETTERS[:35]),
-    ("a Hugging Face token", "hf_" + LETTERS[:34]), ("a Slack token", "xoxb-123456789012-" + LETTERS[:24]),
-    ("a private key", "-----BEGIN OPENSSH PRIVATE KEY-----\n" + LETTERS), ("a private key", "-----BEGIN PRIVATE KEY-----"),
-    ("a private key", "-----BEGIN PGP PRIVATE KEY BLOCK-----"),
+    "sk-" + LETTERS[:48], "sk-proj-" + LETTERS[:30] + "_-" + LETTERS[30:60], "sk-ant-api03-" + LETTERS[:60],
+    "AKIA" + "QWERTYUIOP123456", "ghp_" + LETTERS[:36], "github_pat_" + LETTERS[:22] + "_" + LETTERS[:59], "hf_" + LETTERS[:34],
+    "-----BEGIN OPENSSH PRIVATE KEY-----\n" + LETTERS, "-----BEGIN PRIVATE KEY-----", "-----BEGIN PGP PRIVATE KEY BLOCK-----",
 ]  # fmt: skip
 
 
@@ -117,8 +113,8 @@ FAULTY: dict[str, list[tuple]] = {
     + [(chat("Q?", calls(call(arguments='{"q": "<|im_end|>"}')), tools=TOOLS), "'<|im_end|>'")],
     "lone-surrogate": [('{"messages": [{"role": "user", "content": "a\\ud83d"}, {"role": "assistant", "content": "' + ANSWER + '"}]}', "half of a character")],
     "blank-run": [(chat("Q?", ANSWER + blank * 100_001 + end), "100,000 blanks") for blank, end in ((" ", ""), ("\t", "x"), ("\n", "x"), ("\u00a0", "x"))],
-    "secret": [(chat("Q?", f"{ANSWER} key: {text} end"), f"holds {name}") for name, text in SECRETS]
-    + [(chat([{"type": "image_url", "image_url": {"url": f"https://x/a.png?c={SECRETS[3][1]}%2F"}}], ANSWER), "an AWS")],
+    "secret": [(chat("Q?", f"{ANSWER} key: {text} end"), "holds a key") for text in SECRETS]
+    + [(chat([{"type": "image_url", "image_url": {"url": f"https://x/a.png?c={SECRETS[3]}%2F"}}], ANSWER), "holds a key")],
 }  # fmt: skip
 
 # Rows that nothing is wrong with.
@@ -134,7 +130,7 @@ GOOD: list = [
     chat("Q?", {"role": "assistant", "tool_calls": [call(arguments="{}")]}, tools=TOOLS),
     chat([{"type": "text", "text": "What is this?"}, PICTURE], ANSWER),
     chat([PICTURE], ANSWER),
-    chat([{"type": "image_url", "image_url": {"url": "data:image/png;base64,AIza" + LETTERS[:35]}}], ANSWER),
+    chat([{"type": "image_url", "image_url": {"url": "data:image/png;base64,hf_" + LETTERS[:35]}}], ANSWER),
     chat(said("Q?", "user", name="Ann"), ANSWER, "And?", ANSWER),
     chat("Q?", said(ANSWER, weight=0), "Again?", said(ANSWER, weight=1)),
     chat("Q?", [{"type": "text", "text": ANSWER}]),

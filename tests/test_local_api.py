@@ -261,6 +261,8 @@ def test_cancel_pause_and_resume(client, http, server):
     second = client.fine_tuning.jobs.create(model="tiny-base", training_file=file)
     wait_for(first.id, client, "running")
     assert wait_for(second.id, client, "queued")  # one at a time
+    told = client.fine_tuning.jobs.list_events(second.id).data[0].message
+    assert told == f"Files validated, moving job to queued state, behind {first.id}"
 
     path = f"/v1/fine_tuning/jobs/{first.id}"
     paused = http.post(f"{path}/pause").json()

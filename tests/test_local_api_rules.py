@@ -78,14 +78,14 @@ def test_a_legacy_row_is_told_what_to_write_and_nothing_that_misleads(tmp_path):
 
 
 def test_no_secret_is_shown(tmp_path, capsys):
-    rows = [{"messages": [{"role": text}]} for _, text in SECRETS] + [chat("Q?", ANSWER, **{t: 1}) for _, t in SECRETS]
-    for _, text in SECRETS:
+    rows = [{"messages": [{"role": text}]} for text in SECRETS] + [chat("Q?", ANSWER, **{t: 1}) for t in SECRETS]
+    for text in SECRETS:
         key = json.dumps(text)
         rows.append(f"{{{key}: 1, {key}: 2}}")
     check(write(tmp_path / "rows.jsonl", rows))
     shown = capsys.readouterr().out
     assert shown.count("[secret]") >= 3 * len(SECRETS)
-    for _, text in SECRETS:
+    for text in SECRETS:
         assert text[8:26].splitlines()[0] not in shown
 
 

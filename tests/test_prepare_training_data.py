@@ -381,7 +381,7 @@ FAULTS = [
     ("lone-surrogate", '{"question": "a\\ud83d", "answer": "' + ANSWER + '"}'),
     ("too-many-tokens", qa("x") | {"answer": "word " * 70_000}),
     *(("secret", qa("x") | {"answer": f"{ANSWER} key: {key} end"}) for key in (
-        "sk-" + LETTERS[:48], "sk-proj-" + LETTERS[:40], "AKIA" + "QWERTYUIOP123456", "ghp_" + LETTERS[:36],
+        "sk-" + LETTERS[:48], "sk-proj-" + LETTERS[:40], "AKIA" + "QWERTYUIOP123456", "ghp_" + LETTERS[:36], "github_pat_" + LETTERS[:60],
         "hf_" + LETTERS[:34], "-----BEGIN RSA PRIVATE KEY-----", "-----BEGIN PGP PRIVATE KEY BLOCK-----")),
 ]  # fmt: skip
 
