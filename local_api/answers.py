@@ -1,7 +1,6 @@
 """What the two routes that answer share: their parameters, and answers in the making.
 
-The routes are asynchronous, the engine's iterators block: each choice of each request is one generation, followed by a
-thread of its own that hands its pieces to the event loop.
+Each choice of each request is one generation, whose pieces the engine's thread hands to the event loop.
 """
 
 import asyncio
@@ -12,6 +11,7 @@ import math
 import threading
 import time
 from collections.abc import AsyncIterator
+from functools import partial
 from typing import Annotated, Any, ClassVar, Literal
 
 from fastapi import Request
@@ -19,16 +19,15 @@ from pydantic import Field, model_validator
 from pydantic_core import PydanticCustomError
 
 from local_api.base_models import ModelUnavailable
-from local_api.engine import Engine
 from local_api.errors import APIError, explain, model_not_found
-from local_api.generation import EngineError, GenerationRequest
+from local_api.generation import EngineError, Generation, GenerationRequest
 from local_api.shapes import Metadata, Parameters
 from local_api.store import Document
 
 log = logging.getLogger("local_api")
 TEXT_ALONE = "It answers with text alone: leave tools out, or send 'tool_choice': 'none'; for an object, a JSON schema."
-MAX_GENERATIONS = 64  # that the engine has at once; more wait
-MAX_WAITING = 256  # generations; one more is answered with 429
+MAX_ANSWERS = 64  # requests that the engine has at once; more wait
+MAX_WAITING = 256  # requests; one more is answered with 429
 MAX_WAIT_SECONDS = 60.0  # so is one that has waited for so long
 
 
@@ -95,150 +94,94 @@ def joined_text(content: Any) -> Any:
     return "".join(part["text"] for part in content)
 
 
-class Generating:
-    """The engine, how many generations it has, and the requests that wait for a place: first come, first served."""
+class Places:
+    """Places for MAX_ANSWERS requests; more wait for one: first come, first served."""
 
-    def __init__(self, app_state: Any):
-        self.state = app_state
-        self.running = 0
-        self.waiting: list[tuple[int, asyncio.Future]] = []  # places wanted, what is done when they are there
-        self.ended, self.seconds = 0, 10.0  # generations; what one took, lately (a guess until the first has ended)
-        self.lock = threading.Lock()
+    def __init__(self) -> None:
+        self.free = asyncio.Semaphore(MAX_ANSWERS)
+        self.waiting = 0
+        self.ended, self.seconds = 0, 10.0  # requests; what one took, lately (a guess until the first has ended)
 
-    def engine(self) -> Any:
-        with self.lock:
-            if self.state.engine is None:
-                worker, limit = self.state.worker, self.state.settings.max_memory
-                self.state.engine = Engine(self.state.models.locate, limit, lambda: worker.training)
-            return self.state.engine
-
-    # What follows runs on the event loop only: no lock.
-
-    async def reserve(self, http: Request, count: int) -> None:
-        """Take `count` places, which `release` gives back one by one; wait until there are so many."""
-        if self.wanted() + count > MAX_WAITING:
-            raise self.busy(count)
-        turn = asyncio.get_running_loop().create_future()
-        self.waiting.append((count, turn))
-        self.let_in()
-        if turn.done():
-            return
-        gone = asyncio.create_task(until_gone(http))
+    async def take(self) -> None:
+        """Take a place, which `give_back` gives back."""
+        if self.waiting >= MAX_WAITING:
+            raise self.busy()
+        self.waiting += 1
         try:
-            await asyncio.wait({turn, gone}, timeout=MAX_WAIT_SECONDS, return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait_for(self.free.acquire(), MAX_WAIT_SECONDS)
+        except asyncio.TimeoutError:
+            raise self.busy() from None
         finally:
-            gone.cancel()
-            if not turn.done():
-                self.waiting.remove((count, turn))
-                self.let_in()  # one that wants less may have stood behind it
-        if not turn.done():
-            raise APIError(499, "The client has closed the connection.") if gone.done() else self.busy(count)
+            self.waiting -= 1
 
-    def wanted(self) -> int:
-        return sum(count for count, _ in self.waiting)
-
-    def let_in(self) -> None:
-        while self.waiting and self.running + self.waiting[0][0] <= MAX_GENERATIONS:
-            count, turn = self.waiting.pop(0)
-            self.running += count
-            turn.set_result(None)
-
-    def release(self, seconds: float) -> None:
-        """Give back the place of a generation that took so long."""
-        self.running -= 1
+    def give_back(self, seconds: float) -> None:
+        """Give back the place of a request that took so long."""
         self.ended += 1
         self.seconds += (seconds - self.seconds) / min(self.ended, 20)
-        self.let_in()
+        self.free.release()
 
-    def busy(self, count: int) -> APIError:
+    def busy(self) -> APIError:
         """Return the refusal; Retry-After is how long a request that comes now would wait, as things go."""
-        seconds = math.ceil((self.wanted() + count) * self.seconds / MAX_GENERATIONS)
-        sentence = f"This server has {self.running} answers to write, and {self.wanted()} more wait"
+        seconds = math.ceil((self.waiting + 1) * self.seconds / MAX_ANSWERS)
+        sentence = f"This server has {MAX_ANSWERS} requests to answer, and {self.waiting} more wait"
         return APIError(429, f"{sentence}; try again in {seconds} s.", code="rate_limit_exceeded",
                         headers={"Retry-After": str(seconds)})  # fmt: skip
-
-
-async def until_gone(http: Request) -> None:
-    while (await http.receive())["type"] != "http.disconnect":
-        pass
 
 
 class Answer:
     """The generations of one HTTP request: an async stream of (index, piece) in order of arrival.
 
-    It has its places already (Generating.reserve). `close` it in any case: it stops what is still being generated. A
+    It has its place already. `close` it in any case: it stops what is still being generated and gives the place back. A
     client that closes its connection does the same.
     """
 
     def __init__(self, http: Request, requests: list[GenerationRequest]):
-        self.generating: Generating = http.app.state.generating
-        self.count = len(requests)
-        self.generations: list[Any] = []
-        self.abandoned = False
-        self.arrived: asyncio.Queue = asyncio.Queue()
+        self.state = http.app.state
         self.loop = asyncio.get_running_loop()
+        self.arrived: asyncio.Queue = asyncio.Queue()
+        self.generations = [Generation(one, partial(self.hand_over, index)) for index, one in enumerate(requests)]
         self.started = time.monotonic()
-        self.leaving = asyncio.create_task(self._close_when_gone(http))
-        threading.Thread(target=self._submit, args=(requests,), name="submit", daemon=True).start()
+        self.closed = False
+        self.leaving = asyncio.create_task(self.close_when_gone(http))
+        threading.Thread(target=self.submit, name="submit", daemon=True).start()
 
-    def _submit(self, requests: list[GenerationRequest]) -> None:
-        """In a thread: the first engine takes its time, and a database may be locked."""
+    def submit(self) -> None:
+        """In a thread: the base model may have to be fetched first."""
         try:
-            self.generations = self.generating.engine().submit_together(requests)
+            self.state.engine.submit_together(self.generations)
         except Exception as error:
-            for index in range(self.count):
-                self._hand_over(self._end, index, error)
-            return
-        if self.abandoned:
-            self._cancel()
-        for index, generation in enumerate(self.generations):
-            threading.Thread(target=self._follow, args=(index, generation), name="generation", daemon=True).start()
+            self.hand_over(0, error)
 
-    def _follow(self, index: int, generation: Any) -> None:
-        """In a thread: hand every piece of one generation to the event loop."""
-        last: Any = None  # None says that it is complete, an exception that it failed
-        try:
-            for piece in generation:
-                self._hand_over(self.arrived.put_nowait, (index, piece))
-        except Exception as error:
-            last = error
-        self._hand_over(self._end, index, last)
-
-    def _hand_over(self, function: Any, *arguments: Any) -> None:
+    def hand_over(self, index: int, piece: Any) -> None:
+        """In any thread: let the event loop have a piece, or an exception that ends the answer."""
         with contextlib.suppress(RuntimeError):  # the loop is closed: the server has stopped
-            self.loop.call_soon_threadsafe(function, *arguments)
-
-    def _end(self, index: int, last: Any) -> None:
-        self.generating.release(time.monotonic() - self.started)
-        self.arrived.put_nowait((index, last))
+            self.loop.call_soon_threadsafe(self.arrived.put_nowait, (index, piece))
 
     async def pieces(self) -> AsyncIterator[tuple[int, Any]]:
-        remaining = self.count
-        while remaining:
+        unfinished = len(self.generations)
+        while unfinished:
             index, piece = await self.arrived.get()
             if isinstance(piece, Exception):
                 raise piece
-            if piece is None:
-                remaining -= 1
-            else:
-                yield index, piece
+            unfinished -= piece.finish_reason is not None
+            yield index, piece
 
     def close(self) -> None:
-        self.leaving.cancel()
-        self.abandoned = True
-        self._cancel()
+        if not self.closed:
+            self.closed = True
+            self.state.places.give_back(time.monotonic() - self.started)
+            self.leaving.cancel()
+            for generation in self.generations:
+                generation.cancel()
 
-    def _cancel(self) -> None:
-        for generation in self.generations:
-            generation.cancel()
-
-    async def _close_when_gone(self, http: Request) -> None:
-        await until_gone(http)
+    async def close_when_gone(self, http: Request) -> None:
+        while (await http.receive())["type"] != "http.disconnect":
+            pass
         self.close()
 
     def usage(self) -> Document:
         """Return the tokens of prompt and choices; as at OpenAI, the prompt counts once."""
-        prompt = self.generations[0].prompt_tokens if self.generations else 0
+        prompt = self.generations[0].prompt_tokens
         completion = sum(generation.completion_tokens for generation in self.generations)
         return {
             "prompt_tokens": prompt,
@@ -250,17 +193,24 @@ class Answer:
         }  # fmt: skip
 
 
+# Of an EngineError; others are 500.
+STATUS_OF_CODE = {
+    "context_length_exceeded": 400,
+    "invalid_value": 400,
+    "model_not_available": 503,
+    "server_shutting_down": 503,
+}
+
+
 def as_api_error(error: Exception, prompt: str) -> APIError:
     """Return what the client is told about a generation that failed. prompt: the parameter that held the prompt."""
     if isinstance(error, APIError):
         return error
     if isinstance(error, KeyError):  # deleted in this very moment
         return model_not_found(str(error.args[0]))
-    if isinstance(error, EngineError) and error.code in ("context_length_exceeded", "invalid_value"):
-        return APIError(400, str(error), param=error.param or prompt, code=error.code)
     if isinstance(error, EngineError):
-        passing = error.code in ("server_shutting_down", "model_not_available")
-        return APIError(503 if passing else 500, str(error), code=error.code)
+        status = STATUS_OF_CODE.get(error.code, 500)
+        return APIError(status, str(error), param=error.param or (prompt if status == 400 else None), code=error.code)
     if isinstance(error, ModelUnavailable):
         return APIError(503, str(error), param="model", code="model_not_available")
     log.error("An answer failed", exc_info=error)

@@ -79,7 +79,7 @@ class Row:
             logprobs = [entry for start, entry in self.logprobs if whole or start < certain]
             self.logprobs = self.logprobs[len(logprobs) :]
             shown = logprobs if self.request.logprobs else None
-            self.generation.pieces.put(Piece(text[self.sent : certain], shown, finish_reason))
+            self.generation.put(Piece(text[self.sent : certain], shown, finish_reason))
             self.sent = max(self.sent, certain)
         return finish_reason is not None
 
@@ -132,8 +132,8 @@ class Batch:
         layers = [layer for cache in caches for layer in cache.layers]
         return self.weight_bytes + sum(layer.keys.nbytes + layer.values.nbytes for layer in layers)
 
-    def add(self, generations: list[Generation]) -> None:
-        self.new += generations
+    def add(self, generation: Generation) -> None:
+        self.new.append(generation)
 
     def take_up(self) -> None:
         """Encode the prompts of new requests; those of like length are read side by side."""
@@ -142,12 +142,10 @@ class Batch:
             generation = self.new[taken]
             taken += 1
             size += prompt_bytes(generation)
-            if generation.cancelled:
-                continue
             try:
                 rows.append(self.start(generation))
             except EngineError as error:
-                generation.pieces.put(error)
+                generation.put(error)
         group: list[Row] = []
         for row in sorted(rows, key=lambda row: len(row.prompt)):
             wide = (len(group) + 1) * len(row.prompt) > TOGETHER_TOKENS
@@ -233,7 +231,7 @@ class Batch:
             try:
                 token = row.sampler.draw(scores)
             except EngineError as error:
-                row.generation.pieces.put(error)
+                row.generation.put(error)
                 finished.add(row)
                 continue
             row.generation.completion_tokens += 1

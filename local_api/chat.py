@@ -13,7 +13,7 @@ from fastapi.responses import JSONResponse, StreamingResponse
 from openai.types.chat import ChatCompletion
 from pydantic import BeforeValidator, Field
 
-from local_api.answers import MAX_GENERATIONS, TEXT_ALONE, Answer, AnswerParameters, as_api_error, joined_text
+from local_api.answers import MAX_ANSWERS, TEXT_ALONE, Answer, AnswerParameters, as_api_error, joined_text
 from local_api.errors import APIError, error_body, error_response
 from local_api.forms import ResponseFormat
 from local_api.generation import GenerationRequest
@@ -65,7 +65,7 @@ class ChatRequest(AnswerParameters):
 
     messages: Annotated[list[Message], Field(fail_fast=True, min_length=1, max_length=MAX_MESSAGES)]
     stream_options: StreamOptions | None = None
-    n: Annotated[int | None, Field(ge=1, le=MAX_GENERATIONS)] = None
+    n: Annotated[int | None, Field(ge=1, le=MAX_ANSWERS)] = None
     max_tokens: Annotated[int | None, Field(ge=1)] = None
     max_completion_tokens: Annotated[int | None, Field(ge=1)] = None
     stop: Annotated[Annotated[list[str], Field(fail_fast=True, max_length=4)] | None, BeforeValidator(as_list)] = None
@@ -120,7 +120,7 @@ async def create_chat_completion(request: Request, chat: ChatRequest) -> Any:
     check_combinations(chat)
     await run_in_threadpool(find_model, request.app.state.models, chat.model)
     asked = await run_in_threadpool(generation_requests, chat)  # a large schema takes its time
-    await request.app.state.generating.reserve(request, len(asked))
+    await request.app.state.places.take()
     answer = Answer(request, asked)
     head = {"id": new_id("chatcmpl-"), "created": now(), "model": chat.model, "system_fingerprint": "fp_local",
             **chat.served()}  # fmt: skip
@@ -140,7 +140,7 @@ async def complete(request: Request, chat: ChatRequest, answer: Answer, head: Do
     choices: list[Document] = [
         {"index": index, "message": {"role": "assistant", "content": "", "refusal": None, "annotations": []},
          "logprobs": {"content": [], "refusal": None} if chat.logprobs else None, "finish_reason": None}
-        for index in range(answer.count)
+        for index in range(len(answer.generations))
     ]  # fmt: skip
     async for index, piece in answer.pieces():
         choices[index]["message"]["content"] += piece.text
@@ -168,7 +168,7 @@ async def events(request: Request, chat: ChatRequest, answer: Answer, head: Docu
         return {"index": index, "delta": delta, "logprobs": shown, "finish_reason": finish_reason}
 
     try:
-        for index in range(answer.count):
+        for index in range(len(answer.generations)):
             yield event([choice(index, {"role": "assistant", "content": "", "refusal": None})])
         async for index, piece in chain(first, pieces):
             if piece.text or piece.logprobs:

@@ -127,6 +127,5 @@ def delete_model(request: Request, model: str) -> Document:
                                          (one["id"],)):  # fmt: skip
                 store.delete(CHECKPOINT, checkpoint["id"])
     for one in gone:
-        request.app.state.forget_model(one["id"])
         shutil.rmtree(store.data_dir / one["_adapter"], ignore_errors=True)
     return {"id": model, "object": MODEL, "deleted": True}

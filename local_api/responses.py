@@ -140,7 +140,7 @@ class Progress:
 async def create_response(request: Request, asked: ResponseRequest) -> Any:
     await run_in_threadpool(find_model, request.app.state.models, asked.model)
     wanted = await run_in_threadpool(generation_request, asked)
-    await request.app.state.generating.reserve(request, 1)
+    await request.app.state.places.take()
     answer = Answer(request, [wanted])
     progress, pieces = Progress(asked, answer), answer.pieces()
     try:
