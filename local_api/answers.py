@@ -10,58 +10,73 @@ import logging
 import math
 import threading
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass, field
 from functools import partial
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, Literal
 
-from fastapi import Request
+from fastapi import Request, Response
+from fastapi.concurrency import run_in_threadpool
+from fastapi.responses import JSONResponse, StreamingResponse
 from pydantic import Field, model_validator
 from pydantic_core import PydanticCustomError
 
 from local_api.base_models import ModelUnavailable
 from local_api.errors import APIError, explain, model_not_found
-from local_api.generation import EngineError, Generation, GenerationRequest
+from local_api.generation import EngineError, Generation, GenerationRequest, Piece
+from local_api.models import find_model
 from local_api.shapes import Metadata, Parameters
-from local_api.store import Document
+from local_api.store import Document, new_id, now
 
 log = logging.getLogger("local_api")
+KEEPS_NOTHING = (
+    "This server keeps no answers: send the whole conversation, with 'store': false, or ask /v1/chat/completions."
+)
 TEXT_ALONE = "It answers with text alone: leave tools out, or send 'tool_choice': 'none'; for an object, a JSON schema."
 MAX_ANSWERS = 64  # requests that the engine has at once; more wait
 MAX_WAITING = 256  # requests; one more is answered with 429
 MAX_WAIT_SECONDS = 60.0  # so is one that has waited for so long
 
+# Labels for the operator of a service, and hints on caching and scheduling: they change no answer.
+IGNORED = ("user", "safety_identifier", "prompt_cache_key", "prompt_cache_retention", "prompt_cache_options",
+           "parallel_tool_calls")  # fmt: skip
+# Parameters that change what is answered or kept, with the values that leave it as it is here. Others are refused.
+HARMLESS_VALUES: dict[str, tuple] = {
+    "audio": (), "background": (False,), "conversation": (), "function_call": ("none",), "functions": ([],),
+    "include": ([],), "max_tool_calls": (), "modalities": (["text"],), "moderation": (), "prediction": (),
+    "previous_response_id": (), "prompt": (), "reasoning": ({}, {"effort": "none"}), "reasoning_effort": ("none",),
+    "store": (False,), "tool_choice": ("none", "auto"), "tools": ([],), "truncation": ("disabled",),
+    "verbosity": ("medium",), "web_search_options": (),
+}  # fmt: skip
+INSTEAD = {  # what a client can do
+    **dict.fromkeys(("background", "conversation", "previous_response_id", "store"), KEEPS_NOTHING),
+    **dict.fromkeys(("functions", "tool_choice", "tools"), TEXT_ALONE),
+}
+
 
 class AnswerParameters(Parameters):
     """The parameters that chat completions and responses have in common."""
-
-    # Parameters that change what is answered or kept, with the values that leave it as it is here. Others are refused,
-    # with what a client can do instead where there is something.
-    harmless_values: ClassVar[dict[str, tuple]]
-    instead: ClassVar[dict[str, str]]
 
     model: str
     stream: bool | None = None
     temperature: Annotated[float | None, Field(ge=0, le=2)] = None
     top_p: Annotated[float | None, Field(ge=0, le=1)] = None
-    # Labels for the operator of a service, and hints on caching and scheduling: they change no answer.
-    user: str | None = None
-    safety_identifier: str | None = None
-    prompt_cache_key: str | None = None
-    prompt_cache_retention: str | None = None
-    prompt_cache_options: Any = None
     metadata: Metadata = None
     service_tier: Literal["auto", "default", "flex", "scale", "priority"] | None = None  # answered by the default one
-    parallel_tool_calls: bool | None = None
 
     @model_validator(mode="before")
     @classmethod
     def refuse_unsupported(cls, sent: Any) -> Any:
         if not isinstance(sent, dict):
             return sent
-        for name, harmless in cls.harmless_values.items():
+        for name in HARMLESS_VALUES:
             if name != "tools" or sent.get("tool_choice") != "none":  # then they change nothing
-                refuse_unless_harmless(name, sent.get(name), harmless, cls.instead.get(name, ""))
-        return {name: value for name, value in sent.items() if name not in cls.harmless_values}
+                refuse_unless_harmless(name, sent.get(name))
+        return {name: value for name, value in sent.items() if name not in HARMLESS_VALUES and name not in IGNORED}
+
+    def generation_requests(self) -> list[GenerationRequest]:
+        """Return one request to the engine for each choice."""
+        raise NotImplementedError
 
     def sampling(self) -> dict[str, Any]:
         values = {"temperature": self.temperature, "top_p": self.top_p}
@@ -72,8 +87,9 @@ class AnswerParameters(Parameters):
         return {"service_tier": "default"} if self.service_tier else {}
 
 
-def refuse_unless_harmless(name: str, value: Any, harmless: tuple, instead: str) -> None:
-    if value is None or any(value == one and isinstance(value, bool) == isinstance(one, bool) for one in harmless):
+def refuse_unless_harmless(name: str, value: Any) -> None:
+    harmless, instead = HARMLESS_VALUES[name], INSTEAD.get(name, "")
+    if value is None or value in harmless:
         return
     only = " or ".join(json.dumps(one) for one in harmless if one not in ([], {}, "none"))
     if not only:
@@ -128,21 +144,32 @@ class Places:
                         headers={"Retry-After": str(seconds)})  # fmt: skip
 
 
+@dataclass
+class Choice:
+    """What has arrived of one of an answer's texts."""
+
+    text: str = ""
+    logprobs: list[Document] = field(default_factory=list)
+    finish_reason: str | None = None
+
+
 class Answer:
-    """The generations of one HTTP request: an async stream of (index, piece) in order of arrival.
+    """The generations of one HTTP request, one for each choice.
 
     It has its place already. `close` it in any case: it stops what is still being generated and gives the place back. A
     client that closes its connection does the same.
     """
 
     def __init__(self, http: Request, requests: list[GenerationRequest]):
-        self.state = http.app.state
+        self.http, self.state = http, http.app.state
+        self.id, self.created = new_id(""), now()
+        self.choices = [Choice() for _ in requests]
         self.loop = asyncio.get_running_loop()
         self.arrived: asyncio.Queue = asyncio.Queue()
         self.generations = [Generation(one, partial(self.hand_over, index)) for index, one in enumerate(requests)]
         self.started = time.monotonic()
         self.closed = False
-        self.leaving = asyncio.create_task(self.close_when_gone(http))
+        self.leaving = asyncio.create_task(self.close_when_gone())
         threading.Thread(target=self.submit, name="submit", daemon=True).start()
 
     def submit(self) -> None:
@@ -157,25 +184,38 @@ class Answer:
         with contextlib.suppress(RuntimeError):  # the loop is closed: the server has stopped
             self.loop.call_soon_threadsafe(self.arrived.put_nowait, (index, piece))
 
-    async def pieces(self) -> AsyncIterator[tuple[int, Any]]:
-        unfinished = len(self.generations)
-        while unfinished:
-            index, piece = await self.arrived.get()
+    async def begin(self) -> None:
+        """Wait for the first piece: what fails before that is still answered with an HTTP status."""
+        self.first = await self.arrived.get()
+        if isinstance(self.first[1], Exception):
+            raise self.first[1]
+
+    async def pieces(self) -> AsyncIterator[tuple[int, Piece]]:
+        """Yield (index of the choice, piece) as they arrive."""
+        index, piece = self.first
+        while True:
             if isinstance(piece, Exception):
                 raise piece
-            unfinished -= piece.finish_reason is not None
+            choice = self.choices[index]
+            choice.text += piece.text
+            choice.logprobs += piece.logprobs or []
+            choice.finish_reason = piece.finish_reason
             yield index, piece
+            if all(choice.finish_reason for choice in self.choices):
+                return
+            index, piece = await self.arrived.get()
 
     def close(self) -> None:
         if not self.closed:
             self.closed = True
             self.state.places.give_back(time.monotonic() - self.started)
             self.leaving.cancel()
+            self.http.state.usage = self.usage()  # for the log
             for generation in self.generations:
                 generation.cancel()
 
-    async def close_when_gone(self, http: Request) -> None:
-        while (await http.receive())["type"] != "http.disconnect":
+    async def close_when_gone(self) -> None:
+        while (await self.http.receive())["type"] != "http.disconnect":
             pass
         self.close()
 
@@ -183,14 +223,32 @@ class Answer:
         """Return the tokens of prompt and choices; as at OpenAI, the prompt counts once."""
         prompt = self.generations[0].prompt_tokens
         completion = sum(generation.completion_tokens for generation in self.generations)
-        return {
-            "prompt_tokens": prompt,
-            "completion_tokens": completion,
-            "total_tokens": prompt + completion,
-            "prompt_tokens_details": {"cached_tokens": 0, "audio_tokens": 0},
-            "completion_tokens_details": {"reasoning_tokens": 0, "audio_tokens": 0, "accepted_prediction_tokens": 0,
-                                          "rejected_prediction_tokens": 0},
-        }  # fmt: skip
+        return {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}
+
+
+async def respond(
+    http: Request,
+    asked: AnswerParameters,
+    document: Callable[[Any, Answer], Document],
+    events: Callable[[Any, Answer], AsyncIterator[str]],
+    prompt: str,
+) -> Response:
+    """Let the engine answer, and send what it says: one document, or events. prompt: the parameter that holds it."""
+    await run_in_threadpool(find_model, http.app.state.models, asked.model)
+    requests = await run_in_threadpool(asked.generation_requests)  # a large schema takes its time
+    await http.app.state.places.take()
+    answer = Answer(http, requests)
+    try:
+        await answer.begin()
+        if asked.stream:
+            return StreamingResponse(events(asked, answer), media_type="text/event-stream")
+        async for _ in answer.pieces():
+            pass
+    except Exception as error:
+        answer.close()
+        raise as_api_error(error, prompt) from None
+    answer.close()
+    return JSONResponse(document(asked, answer))
 
 
 # Of an EngineError; others are 500.

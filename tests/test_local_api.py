@@ -588,7 +588,8 @@ USER = {"role": "user", "content": "hi"}
     ({"model": 3}, 400, "model", "invalid_type"),
     ({"messages": []}, 400, "messages", "invalid_value"),
     ({"messages": "hi"}, 400, "messages", "invalid_type"),
-    ({"messages": [{"role": "user"}]}, 400, "messages[0].content", "invalid_type"),
+    ({"messages": [{"role": "user"}]}, 400, "messages[0].content", "missing_required_parameter"),
+    ({"messages": [{"role": "user", "content": None}]}, 400, "messages[0].content", "invalid_type"),
     ({"messages": [{"content": "hi"}]}, 400, "messages[0].role", "missing_required_parameter"),
     ({"messages": [USER, {"role": "tool", "content": "x"}]}, 400, "messages[1].role", "invalid_value"),
     ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]}, 400,
@@ -602,8 +603,8 @@ USER = {"role": "user", "content": "hi"}
     ({"max_tokens": 0}, 400, "max_tokens", "invalid_value"),
     ({"max_tokens": 5, "max_completion_tokens": 5}, 400, "max_tokens", "invalid_parameter_combination"),
     ({"stop": ["a"] * 5}, 400, "stop", "invalid_value"),
-    ({"stop": ""}, 400, "stop", "invalid_value"),
-    ({"stop": ["a", ""]}, 400, "stop", "invalid_value"),
+    ({"stop": ""}, 400, "stop[0]", "invalid_value"),
+    ({"stop": ["a", ""]}, 400, "stop[1]", "invalid_value"),
     ({"top_logprobs": 3}, 400, "top_logprobs", "invalid_parameter_combination"),
     ({"logprobs": True, "top_logprobs": 21}, 400, "top_logprobs", "invalid_value"),
     ({"stream_options": {"include_usage": True}}, 400, "stream_options", "invalid_parameter_combination"),
@@ -666,7 +667,7 @@ def test_what_is_left_out_says_what_to_do_instead(client):
     assert said.endswith("leave tools out, or send 'tool_choice': 'none'; for an object, a JSON schema.")
     for wrong in ({"store": True}, {"previous_response_id": "resp_1"}, {"conversation": "conv_1"},
                   {"input": [{"type": "item_reference", "id": "msg_1"}]}):  # fmt: skip
-        with pytest.raises(openai.BadRequestError, match=r"keeps no responses.*'store': false, or ask /v1/chat/compl"):
+        with pytest.raises(openai.BadRequestError, match=r"keeps no answers.*'store': false, or ask /v1/chat/compl"):
             client.responses.create(model="tiny-base", **{"input": "hi", **wrong})
 
 
