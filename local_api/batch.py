@@ -28,8 +28,6 @@ from .sampling import Sampler
 DEFAULT_CONTEXT = 4096  # for models whose configuration names no longest input
 PIECE_TOKENS = 256  # of prompts that are read between two steps
 ENCODED_BYTES = 100_000  # of new prompts that are encoded between two steps, the last one whole
-
-
 BYTES = {character: byte for byte, character in bytes_to_unicode().items()}  # how byte-level vocabularies write bytes
 
 
@@ -80,8 +78,7 @@ class Row:
         if certain > self.sent or finish_reason:
             logprobs = [entry for start, entry in self.logprobs if whole or start < certain]
             self.logprobs = self.logprobs[len(logprobs) :]
-            shown = logprobs if self.request.logprobs else None
-            self.generation.put(Piece(text[self.sent : certain], shown, finish_reason))
+            self.generation.put(Piece(text[self.sent : certain], logprobs, finish_reason))
             self.sent = max(self.sent, certain)
         self.finished = finish_reason is not None
 
