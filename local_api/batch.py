@@ -27,6 +27,7 @@ from .sampling import Sampler
 
 DEFAULT_CONTEXT = 4096  # for models whose configuration names no longest input
 PIECE_TOKENS = 256  # of prompts that are read between two steps
+TOGETHER_TOKENS = 2048  # of prompts that are read side by side
 ENCODED_BYTES = 100_000  # of new prompts that are encoded between two steps, the last one whole
 BYTES = {character: byte for byte, character in bytes_to_unicode().items()}  # how byte-level vocabularies write bytes
 
@@ -144,7 +145,8 @@ class Batch:
                 generation.put(error)
         groups: list[list[Row]] = []
         for row in sorted(rows, key=lambda row: len(row.prompt)):
-            if not groups or len(row.prompt) > 2 * len(groups[-1][0].prompt):
+            length, group = len(row.prompt), groups[-1] if groups else []
+            if not group or length > 2 * len(group[0].prompt) or length * (len(group) + 1) > TOGETHER_TOKENS:
                 groups.append([])
             groups[-1].append(row)
         self.readings += map(Reading, groups)
