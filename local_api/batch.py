@@ -14,10 +14,12 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from llguidance import LLMatcher
+from llguidance.hf import from_tokenizer
 from torch.nn.functional import pad
+from torch.nn.utils.rnn import pad_sequence
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-from . import forms
 from .encoding import EncodingError, encode_prompt, end_of_turn_ids
 from .generation import EngineError, Generation, Piece
 from .inference import new_cache, next_logits
@@ -27,8 +29,6 @@ DEFAULT_CONTEXT = 4096  # for models whose configuration names no longest input
 PIECE_TOKENS = 256  # of prompts that are read between two steps
 TOGETHER_TOKENS = 2048  # of prompts that are read side by side
 ENCODED_BYTES = 100_000  # of new prompts that are encoded between two steps, the last one whole
-
-
 BYTES = {character: byte for byte, character in bytes_to_unicode().items()}  # how byte-level vocabularies write bytes
 
 
@@ -45,6 +45,7 @@ class Row:
         self.ids: list[int] = []
         self.sent = 0  # characters handed out
         self.text = ""  # as it was decoded at the last step
+        self.finished = False
         self.logprobs: list[tuple[int, dict]] = []  # not handed out yet, with the place where their token starts
         self.sampler = Sampler(self.request, matcher)
 
@@ -60,8 +61,8 @@ class Row:
         start = len(self.text.rstrip("�"))
         self.logprobs.append((start, {**entry(token), "top_logprobs": [entry(rival) for rival in rivals]}))
 
-    def hand_out(self, text: str, finish_reason: str | None) -> bool:
-        """Send what became certain of the answer's text; return whether the answer is finished.
+    def hand_out(self, text: str, finish_reason: str | None) -> None:
+        """Send what became certain of the answer's text.
 
         Held back: half a character (its other bytes are still to come) and anything that could become a stop sequence.
         """
@@ -78,23 +79,19 @@ class Row:
         if certain > self.sent or finish_reason:
             logprobs = [entry for start, entry in self.logprobs if whole or start < certain]
             self.logprobs = self.logprobs[len(logprobs) :]
-            shown = logprobs if self.request.logprobs else None
-            self.generation.pieces.put(Piece(text[self.sent : certain], shown, finish_reason))
+            self.generation.put(Piece(text[self.sent : certain], logprobs, finish_reason))
             self.sent = max(self.sent, certain)
-        return finish_reason is not None
+        self.finished = finish_reason is not None
 
 
 class Reading:
     """Prompts that are read side by side; shapes as in Batch, and ids and positions (rows, columns) of all tokens."""
 
     def __init__(self, rows: list[Row]):
-        width = max(len(row.prompt) for row in rows)
+        prompts = [torch.tensor(row.prompt) for row in rows]
         self.rows, self.done, self.cache = rows, 0, new_cache()
-        self.ids = torch.zeros(len(rows), width, dtype=torch.long)
-        self.attended = torch.zeros_like(self.ids)
-        for i, row in enumerate(rows):
-            self.ids[i, width - len(row.prompt) :] = torch.tensor(row.prompt)
-            self.attended[i, width - len(row.prompt) :] = 1
+        self.ids = pad_sequence(prompts, batch_first=True, padding_side="left")
+        self.attended = pad_sequence([torch.ones_like(ids) for ids in prompts], batch_first=True, padding_side="left")
         self.positions = (self.attended.cumsum(1) - 1).clamp(min=0)
 
 
@@ -132,8 +129,8 @@ class Batch:
         layers = [layer for cache in caches for layer in cache.layers]
         return self.weight_bytes + sum(layer.keys.nbytes + layer.values.nbytes for layer in layers)
 
-    def add(self, generations: list[Generation]) -> None:
-        self.new += generations
+    def add(self, generation: Generation) -> None:
+        self.new.append(generation)
 
     def take_up(self) -> None:
         """Encode the prompts of new requests; those of like length are read side by side."""
@@ -142,21 +139,17 @@ class Batch:
             generation = self.new[taken]
             taken += 1
             size += prompt_bytes(generation)
-            if generation.cancelled:
-                continue
             try:
                 rows.append(self.start(generation))
             except EngineError as error:
-                generation.pieces.put(error)
-        group: list[Row] = []
+                generation.put(error)
+        groups: list[list[Row]] = []
         for row in sorted(rows, key=lambda row: len(row.prompt)):
-            wide = (len(group) + 1) * len(row.prompt) > TOGETHER_TOKENS
-            if group and (wide or len(row.prompt) > 2 * len(group[0].prompt)):
-                self.readings.append(Reading(group))
-                group = []
-            group.append(row)
-        if group:
-            self.readings.append(Reading(group))
+            length, group = len(row.prompt), groups[-1] if groups else []
+            if not group or length > 2 * len(group[0].prompt) or length * (len(group) + 1) > TOGETHER_TOKENS:
+                groups.append([])
+            groups[-1].append(row)
+        self.readings += map(Reading, groups)
         del self.new[:taken]
 
     def read(self) -> None:
@@ -177,11 +170,9 @@ class Batch:
     def start(self, generation: Generation) -> Row:
         """Encode a request's prompt; EngineError if it cannot be answered."""
         request = generation.request
-        limit = f"This model's maximum context length is {self.context} tokens"
         size = prompt_bytes(generation)
         if size > self.context * self.longest_token:  # to encode it would take minutes
-            sentence = f"{limit}. However, your messages have {size:,} bytes, which no {self.context} tokens hold."
-            raise EngineError(sentence, "context_length_exceeded")
+            raise self.too_long(f"have {size:,} bytes, which no {self.context} tokens hold")
         try:
             prompt = encode_prompt(self.tokenizer, request.messages)
         except EncodingError as error:
@@ -192,33 +183,34 @@ class Batch:
             raise EngineError(sentence, "invalid_value", "logit_bias")
         generation.prompt_tokens = len(prompt)
         if len(prompt) >= self.context:
-            sentence = f"{limit}. However, your messages resulted in {len(prompt)} tokens."
-            raise EngineError(sentence, "context_length_exceeded")
+            raise self.too_long(f"resulted in {len(prompt)} tokens")
         room = self.context - len(prompt)
         return Row(generation, prompt, min(request.max_tokens or room, room), matcher)
+
+    def too_long(self, what: str) -> EngineError:
+        limit = f"This model's maximum context length is {self.context} tokens"
+        return EngineError(f"{limit}. However, your messages {what}.", "context_length_exceeded")
 
     def matcher(self, form: str) -> Any:
         """Return what knows which tokens a form allows next, or raise an EngineError."""
         try:
-            if self.vocabulary is None:
-                self.vocabulary = forms.vocabulary(self.tokenizer, self.size, self.ends)
+            if self.vocabulary is None:  # it takes a second
+                self.vocabulary = from_tokenizer(self.tokenizer, self.size, sorted(self.ends))
         except ValueError as error:
             sentence = f"This model's tokenizer cannot be used for JSON answers ({error})."
             raise EngineError(sentence, "invalid_value", "model") from None
-        return forms.matcher(self.vocabulary, form)
+        return LLMatcher(self.vocabulary, form)
 
     def step(self) -> None:
         """Read on in a prompt, and carry every answer one token further."""
         self.take_up()
         if self.readings:
             self.read()
-        self.keep([i for i, row in enumerate(self.rows) if not row.generation.cancelled])
-        if not self.rows:
-            return
-        ids = torch.tensor([[row.ids[-1]] for row in self.rows])
-        positions = self.attended.sum(1, keepdim=True)
-        self.attended = torch.cat([self.attended, torch.ones_like(ids)], 1)
-        self.advance(self.rows, self.forward(ids, self.attended, positions, self.cache))
+        if self.rows:
+            ids = torch.tensor([[row.ids[-1]] for row in self.rows])
+            positions = self.attended.sum(1, keepdim=True)
+            self.attended = torch.cat([self.attended, torch.ones_like(ids)], 1)
+            self.advance(self.rows, self.forward(ids, self.attended, positions, self.cache))
 
     def forward(self, ids: Any, attended: Any, positions: Any, cache: Any) -> Any:
         """Return the logits of each row's next token: (rows, vocabulary), float32, on the CPU."""
@@ -228,13 +220,12 @@ class Batch:
 
     def advance(self, rows: list[Row], logits: Any) -> None:
         """Draw the next token of each row, hand out the text that it completes and let finished rows go."""
-        finished = set()
         for row, scores in zip(rows, logits, strict=True):
             try:
                 token = row.sampler.draw(scores)
             except EngineError as error:
-                row.generation.pieces.put(error)
-                finished.add(row)
+                row.generation.put(error)
+                row.finished = True
                 continue
             row.generation.completion_tokens += 1
             ended = token in self.ends
@@ -244,9 +235,8 @@ class Batch:
                     row.note_logprobs(scores, token, self.spell)
             whole = ended or row.sampler.form_is_complete()
             reason = "stop" if whole else "length" if len(row.ids) >= row.limit else None
-            if row.hand_out(self.decode(row.ids), reason):
-                finished.add(row)
-        self.keep([i for i, row in enumerate(self.rows) if row not in finished])
+            row.hand_out(self.decode(row.ids), reason)
+        self.drop_finished()
 
     def decode(self, ids: list[int]) -> str:
         return self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
@@ -272,8 +262,9 @@ class Batch:
                 theirs.values = torch.cat([pad(mine.values, (0, 0, old, 0)), pad(theirs.values, (0, 0, new, 0))])
         self.rows, self.cache, self.attended = self.rows + rows, cache, attended
 
-    def keep(self, places: list[int]) -> None:
-        """Drop every row but those at `places`, and the columns that no remaining row needs."""
+    def drop_finished(self) -> None:
+        """Drop every row that is finished or not wanted any more, and the columns that no remaining row needs."""
+        places = [i for i, row in enumerate(self.rows) if not (row.finished or row.generation.cancelled)]
         if len(places) == len(self.rows):
             return
         self.rows = [self.rows[i] for i in places]

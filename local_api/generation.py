@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import queue
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 
 class EngineError(Exception):
@@ -47,20 +47,23 @@ class Piece(NamedTuple):
     finish_reason: str | None = None
 
 
-@dataclass
 class Generation:
-    """An answer in the making: iterate over it for its pieces (blocks until there is one; raises EngineError)."""
+    """An answer in the making. `put` gets each piece of it as it comes, and the EngineError that ends it if one does.
 
-    request: GenerationRequest
-    prompt_tokens: int = 0
-    completion_tokens: int = 0
-    cancelled: bool = False
-    pieces: queue.SimpleQueue = field(default_factory=queue.SimpleQueue, repr=False)
+    Where no `put` is given, iterate over it for its pieces (blocks until there is one; raises EngineError).
+    """
+
+    def __init__(self, request: GenerationRequest, put: Callable[[Any], None] | None = None):
+        self.request = request
+        self.prompt_tokens = self.completion_tokens = 0
+        self.cancelled = False
+        self.pieces: queue.SimpleQueue = queue.SimpleQueue()
+        self.put = put or self.pieces.put
 
     def cancel(self) -> None:
         """Stop writing this answer; whoever still reads it gets its end."""
         self.cancelled = True
-        self.pieces.put(Piece("", None, "stop"))
+        self.put(Piece("", None, "stop"))
 
     def __iter__(self) -> Iterator[Piece]:
         while True:

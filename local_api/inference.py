@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.nn.functional import pad, scaled_dot_product_attention
+from torch.nn.functional import pad
+from torch.nn.functional import scaled_dot_product_attention as attention
 from transformers import DynamicCache, LlamaForCausalLM
 from transformers.cache_utils import DynamicLayer
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from . import base_models, products
 from .fused import BESIDE, beside, inverse_length, rotate, rotation
@@ -96,18 +96,18 @@ def new_cache() -> Any:
     return cache
 
 
-def attend(module: Any, query: Any, key: Any, value: Any, attention_mask: Any, **kwargs: Any) -> Any:
+def attend(query: Any, key: Any, value: Any, mask: Any, scale: float) -> Any:
     """Attention as ever; heads that share keys and values go through as one head with several queries where they can.
 
-    Shapes: query (rows, heads, tokens, width), key and value (rows, groups of heads, columns, width). transformers
-    copies keys and values for each head of a group, which takes four times as long when each row has one new token.
+    Shapes: query (rows, heads, tokens, width), key and value (rows, groups of heads, columns, width); the answer is
+    (rows, tokens, heads, width). With one new token a row it takes a quarter of the time in bfloat16.
     """
     rows, heads, tokens, width = query.shape
     if tokens > 1:
-        return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+        causal = mask is None
+        return attention(query, key, value, mask, is_causal=causal, scale=scale, enable_gqa=True).transpose(1, 2)
     grouped = query.reshape(rows, key.shape[1], -1, width)
-    answer = scaled_dot_product_attention(grouped, key, value, attention_mask, scale=kwargs.get("scaling"))
-    return answer.reshape(rows, 1, heads, width), None
+    return attention(grouped, key, value, mask, scale=scale).reshape(rows, 1, heads, width)
 
 
 # --- weights ---
@@ -152,13 +152,13 @@ def llama_logits(model: Any, ids: Any, attended: Any, positions: Any, cache: Any
     hidden = llama.embed_tokens(ids)
     cos, sin = rotation(llama.rotary_emb, hidden, positions)
     for index, layer in enumerate(llama.layers):
-        attention, mlp = layer.self_attn, layer.mlp
-        states = attention.qkv_proj(norm(hidden, layer.input_layernorm)).view(rows, tokens, -1, width)
+        attn, mlp = layer.self_attn, layer.mlp
+        states = attn.qkv_proj(norm(hidden, layer.input_layernorm)).view(rows, tokens, -1, width)
         turned = rotate(states[:, :, :-groups], cos, sin)  # queries and keys
         query, key = turned[:, :, :-groups].transpose(1, 2), turned[:, :, -groups:].transpose(1, 2)
         keys, values = cache.update(key, states[:, :, -groups:].transpose(1, 2), index)
-        answer, _ = attend(attention, query, keys, values, mask, scaling=attention.scaling)
-        hidden = hidden + attention.o_proj(answer.reshape(rows, tokens, -1))
+        answer = attend(query, keys, values, mask, attn.scaling)
+        hidden = hidden + attn.o_proj(answer.reshape(rows, tokens, -1))
         gate, up = mlp.gate_up_proj(norm(hidden, layer.post_attention_layernorm)).chunk(2, -1)
         hidden = hidden + mlp.down_proj(mlp.act_fn(gate) * up)
     hidden = norm(hidden[:, -1], llama.norm)
@@ -183,8 +183,6 @@ def visible(attended: Any, tokens: int) -> Any:
     columns = attended.shape[1]
     if tokens in (1, columns) and attended.all():
         return None
-    if tokens == 1:
-        return attended[:, None, None].bool()
     earlier = torch.ones(tokens, columns, dtype=torch.bool).tril(columns - tokens)
     itself = torch.eye(tokens, columns, dtype=torch.bool).roll(columns - tokens, 1)  # or what it computes is no number
     return attended[:, None, None].bool() & earlier | itself

@@ -122,6 +122,5 @@ def delete_model(request: Request, model: str) -> Document:
         for one in gone + checkpoints:
             store.delete(one["object"], one["id"])
     for one in gone:
-        request.app.state.forget_model(one["id"])
         shutil.rmtree(store.data_dir / one["_adapter"], ignore_errors=True)
     return {"id": model, "object": MODEL, "deleted": True}

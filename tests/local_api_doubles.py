@@ -11,7 +11,6 @@ import sys
 import threading
 import time
 from contextlib import contextmanager
-from types import SimpleNamespace
 
 TRAINER = r"""
 import json, os, signal, sys, time
@@ -108,62 +107,57 @@ class FakeEngine:
     """
 
     def __init__(self):
-        self.requests, self.forgotten, self.closed = [], [], False
+        self.requests, self.closed = [], False
         self.cancelled = threading.Event()
 
-    def submit_together(self, requests):
-        return [self.submit(request) for request in requests]
-
     def submit(self, request):
+        from local_api.generation import Generation
+
+        self.submit_together([Generation(request)])
+
+    def submit_together(self, generations):
         from local_api.generation import EngineError
 
-        self.requests.append(request)
-        if request.messages[-1]["content"] == "too long":
-            raise EngineError("This model's maximum context length is 512 tokens.", "context_length_exceeded")
-        return FakeGeneration(self, request)
+        for generation in generations:
+            self.requests.append(generation.request)
+            if generation.request.messages[-1]["content"] == "too long":
+                raise EngineError("This model's maximum context length is 512 tokens.", "context_length_exceeded")
+            threading.Thread(target=self.answer, args=(generation,), daemon=True).start()
 
-    def forget(self, model_id):
-        self.forgotten.append(model_id)
+    def answer(self, generation):
+        from local_api.generation import EngineError, Piece
+
+        request = generation.request
+        question = request.messages[-1]["content"]
+        generation.prompt_tokens = sum(len(message["content"].split()) for message in request.messages)
+        words = itertools.repeat("on") if question == "slow" else f"You said: {question}".split()
+        for number, word in enumerate(f"{word} " for word in words):
+            if generation.cancelled:
+                self.cancelled.set()
+                return
+            if self.closed:
+                generation.put(EngineError("The server is shutting down.", "server_shutting_down"))
+                return
+            if question == "broken" and number == 2:
+                generation.put(EngineError("The model broke.", "server_error"))
+                return
+            if question == "slow":
+                time.sleep(0.02)
+            if number == (request.max_tokens or 1000):
+                generation.put(Piece("", None, "length"))
+                return
+            generation.completion_tokens += 1
+            generation.put(Piece(word, self.logprobs(request, word)))
+        generation.put(Piece("", None, "stop"))
+
+    def logprobs(self, request, word):
+        if not request.logprobs:
+            return None
+        entry = {"token": word, "logprob": -0.5, "bytes": list(word.encode())}
+        return [{**entry, "top_logprobs": [entry] * request.top_logprobs}]
 
     def close(self):
         self.closed = True
-
-
-class FakeGeneration:
-    def __init__(self, engine, request):
-        self.engine, self.request, self.stopped = engine, request, False
-        self.prompt_tokens, self.completion_tokens = sum(len(m["content"].split()) for m in request.messages), 0
-
-    def __iter__(self):
-        from local_api.generation import EngineError
-
-        question = self.request.messages[-1]["content"]
-        words = itertools.repeat("on") if question == "slow" else f"You said: {question}".split()
-        for number, word in enumerate(f"{word} " for word in words):
-            if self.stopped:
-                return
-            if self.engine.closed:
-                raise EngineError("The server is shutting down.", "server_shutting_down")
-            if question == "broken" and number == 2:
-                raise EngineError("The model broke.", "server_error")
-            if question == "slow":
-                time.sleep(0.02)
-            if number == (self.request.max_tokens or 1000):
-                yield SimpleNamespace(text="", logprobs=None, finish_reason="length")
-                return
-            self.completion_tokens += 1
-            yield SimpleNamespace(text=word, logprobs=self.logprobs(word), finish_reason=None)
-        yield SimpleNamespace(text="", logprobs=None, finish_reason="stop")
-
-    def logprobs(self, word):
-        if not self.request.logprobs:
-            return None
-        entry = {"token": word, "logprob": -0.5, "bytes": list(word.encode())}
-        return [{**entry, "top_logprobs": [entry] * self.request.top_logprobs}]
-
-    def cancel(self):
-        self.stopped = True
-        self.engine.cancelled.set()
 
 
 def training_file(first="hello", rows=12):

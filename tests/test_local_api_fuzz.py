@@ -9,6 +9,8 @@ import openai
 import pytest
 from local_api_doubles import running, training_file, wait_for
 
+from local_api.answers import MAX_ANSWERS
+
 CHECKS = "not_a_server_error,status_code_conformance,content_type_conformance,response_schema_conformance"
 
 
@@ -60,5 +62,5 @@ def test_64_clients_for_a_minute_meet_no_error_but_429(tmp_path):
             thread.join()
         assert not failures, failures[:3]
         assert set(done) == set(range(64)), "every client was served"
-        assert app.state.generating.running == 0 and len(app.state.store._idle) <= 120
+        assert app.state.places.free._value == MAX_ANSWERS and len(app.state.store._idle) <= 120
         assert wait_for(job.id, client, seconds=60).status == "succeeded"

@@ -22,7 +22,7 @@ from local_api import base_models, step, train
 from local_api.base_models import weight_bytes
 from local_api.encoding import EncodingError, encode_example, encode_prompt
 from local_api.engine import Engine
-from local_api.generation import EngineError, GenerationRequest
+from local_api.generation import EngineError, Generation, GenerationRequest
 from local_api.processes import TRY_LATER
 
 CONVERSATION = [
@@ -411,7 +411,6 @@ def test_logprobs_end_with_the_text_that_a_stop_sequence_cuts():
     import torch
 
     from local_api.batch import Row
-    from local_api.generation import Generation
 
     words = ["a", "ST", "S", "TOP"]  # the third token is held back, and cut off by the fourth
     row = Row(Generation(request(stop=["STOP"], logprobs=True)), [], 9)
@@ -442,13 +441,12 @@ def test_a_long_prompt_is_read_in_pieces_between_the_steps_of_others(tiny_model,
     import torch
 
     from local_api import batch, inference
-    from local_api.engine import Generation
 
     monkeypatch.setattr("local_api.base_models.best_dtype", lambda device: torch.float32)
     model = batch.Batch("tiny", *inference.load(tiny_model, None), 0)
 
     def answer(question, **changes):
-        model.add([generation := Generation(request(question, **changes))])
+        model.add(generation := Generation(request(question, **changes)))
         return generation
 
     def finish():
@@ -505,9 +503,13 @@ def test_answers_end_at_once_when_the_server_stops_while_a_model_is_loaded(tiny_
 
 
 def test_choices_of_one_request_join_together(engine):
-    requests = [request(temperature=1.0, seed=seed) for seed in range(4)]
-    first, second = ([text(one) for one in engine.submit_together(requests)] for _ in range(2))
-    assert first == second and len(set(first)) > 1
+    def answers():
+        generations = [Generation(request(temperature=1.0, seed=seed)) for seed in range(4)]
+        engine.submit_together(generations)
+        return [text(generation) for generation in generations]
+
+    first = answers()
+    assert first == answers() and len(set(first)) > 1
 
 
 def test_a_cancelled_answer_frees_its_place(engine):
