@@ -2,7 +2,7 @@
 # make test       run the tests (make test-slow: the long ones; make test-all: those of every fault, too)
 # make lint       check style and types
 # make docs       make anew what docs/ takes from the code and from docs/run/
-# make figures    make docs/run/ anew: eight trainings, about two hours on two cores
+# make figures    make docs/run/ anew: nine trainings, about two hours on two cores
 #
 # On Linux the default PyTorch comes with CUDA; TORCH_INDEX names an index that has the small CPU build:
 #   make TORCH_INDEX=https://download.pytorch.org/whl/cpu tutorial

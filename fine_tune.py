@@ -255,7 +255,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--suffix", help="becomes part of the fine-tuned model's name")
     add("--n-epochs", type=int, metavar="N", help="passes over the data (default: server's choice)")
     add("--seed", type=int, help="makes a training repeatable")
-    add("--extra", type=lambda text: dict(json.loads(text)), metavar="JSON", help="sent, too")
+    add("--extra", type=lambda s: dict(json.loads(s)), metavar="JSON", help="more of the request")
     add("--max-cost", type=float, default=MAX_COST, metavar="USD", help="default: %(default).2f")
     add("--force", action="store_true", help="order a job even if this one exists")
     return parser

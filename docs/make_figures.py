@@ -1,12 +1,12 @@
 """Make anew every result that the documents show, by running the tutorial as a reader would, and keep it in docs/run/.
 
-    make figures        # then `make docs`; eight trainings: about two hours on two cores
+    make figures        # then `make docs`; nine trainings: about two hours on two cores
 
 A model that is trained once is kept in .figures/, so that a run that was cut off goes on; `make clean` forgets it.
 
 docs/run/result.csv         the result file of that job: loss and token accuracy of every step
 docs/run/test_results.json  what step 5 leaves: every question, both answers, every check
-docs/run/seeds.json         the summaries of three more first rounds: the same rows, other seeds
+docs/run/seeds.json         the summaries of four more first rounds: the same rows, other seeds
 docs/run/rounds.json        the summaries of the later rounds, on the 42 test cases and on the fresh ones
 docs/run/education.json     the summary of the education dataset's test
 """
@@ -26,7 +26,7 @@ import run_tutorial
 ROOT = Path(__file__).resolve().parent.parent
 RUN = ROOT / "docs" / "run"
 WORK = ROOT / ".figures"
-SEEDS = (1, 2, 3)
+SEEDS = (1, 2, 3, 4)
 TECHFLOW, EDUCATION = "examples/techflow_support", "examples/education"
 EDUCATION_PROMPT = (
     "You are an educational assistant for students and teachers. You explain school subjects and teaching practice "

@@ -18,8 +18,8 @@ NO_ANSWERS = {"nan", "none", "null", "#n/a", "n/a", "tbd", "todo"}
 RULES = [  # the kind, what finds it in a text, the cure
     (
         "html",
-        r"&(?:[a-zA-Z]{2,8}|#x?\w+);|</?(?:p|br|div|span|b|i|em|strong|h\d|[uo]l|li|a|img|t[rdh]|code)"
-        r"(?: [^<>]*=[^<>]*)?/?>",
+        r"&(?:[a-zA-Z]{2,8}|#x?\w+);|"
+        r"</?(?:p|br|div|span|b|i|em|strong|h\d|[uo]l|li|a|img|t[rdh]|code)(?: [^<>]*=[^<>]*)?/?>",
         "the model will write such marks too: take them out",
     ),
     (

@@ -92,6 +92,15 @@ def test_a_schema_that_cannot_be_kept_is_refused_unless_it_need_not_be(server):
             "format": {"type": "json_schema", "name": "x", "schema": {"type": "nonsense"}}})  # fmt: skip
 
 
+def test_a_schema_that_is_nested_too_deeply_is_refused(server):
+    schema: dict = {"type": "string"}
+    for _ in range(95):
+        schema = {"type": "object", "properties": {"a": schema}}
+    with pytest.raises(openai.BadRequestError) as caught:
+        form_of(server, type="json_schema", json_schema={"name": "deep", "schema": schema})
+    assert caught.value.code == "invalid_json_schema"
+
+
 def test_biases_and_penalties_change_what_is_drawn():
     from local_api.sampling import Sampler
 
