@@ -292,7 +292,7 @@ def test_the_snippets_of_the_steps_run(tiny_api, tmp_path, monkeypatch, capsys):
 
 
 def test_the_dates_of_the_wind_down_stand_in_one_place():
-    row = re.search(r"\*\*OpenAI\*\* is ending it.+?2027-01-14", README, flags=re.DOTALL)[0]
+    row = re.search(r"\*\*OpenAI\*\* is ending\s+it.+?2027-01-14", README, flags=re.DOTALL)[0]
     for day in ("2026-05-07", "2026-07-02", "2027-01-06", "2027-01-14"):
         found = [name for name, text in TEXTS.items() if day in re.sub(r"^\| ….+$", "", text, flags=re.MULTILINE)]
         assert day in row and found == ["README.md"], day

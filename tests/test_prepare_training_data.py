@@ -718,7 +718,7 @@ def test_the_names_for_one_s_own_code():
 GUIDE = (ROOT / "docs" / "your_data.md").read_text("utf-8")
 RECIPES = dict(re.findall(r"^### (.+?)\n.*?```python\n(.+?)```", GUIDE, re.MULTILINE | re.DOTALL))
 INTENT = {"tag": "hi", "patterns": ["Question 0?"], "responses": [f"{ANSWER}0"]}
-NODES = {"a": {"message": None}, "b": {"message": {"author": {"role": "user"}, "content": {"parts": ["Question 0?"]}}},
+NODES = {"a": {"message": None}, "b": {"message": {"author": {"role": "user"}, "content": {"parts": [{"image": "x"}, "Question 0?"]}}},
          "c": {"message": {"author": {"role": "assistant"}, "content": {"parts": [f"{ANSWER}0"]}}}}  # fmt: skip
 
 
