@@ -194,7 +194,7 @@ def to_message(row: Row, raw) -> dict:
 
 # --- Rules: the kind of a fault, what finds it in a row, the cure; the first one is told
 CONTROL, SURROGATE = r"<\|(?:(?:start|end)of\w+|fim_\w+|im_\w+)\|>", r"[\ud800-\udfff]"
-SECRET = r"sk-(?<!\wsk-)[\w-]{0,40}\w{20}|AKIA[A-Z\d]{16}|(gh\w|g\w+_pat|hf)_\w{30}|PRIVATE KEY.*--"
+SECRET = r"sk-(?<!\wsk-)[\w-]{0,40}[^\W_]{20}|AKIA[A-Z\d]{16}|(ghp|_pat|hf)_[^\W_]{22}|PRIVATE KEY-"
 RULES = [
     ("no-user-message", lambda row: not row.said["user"], "there is no question: add it"),
     ("no-assistant-message", lambda row: not row.said["assistant"], "there is no answer: add it"),

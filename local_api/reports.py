@@ -38,7 +38,7 @@ class Reports:
             job = self.store.get(JOB, self.job_id) or {}
             for report in reports:
                 if report["type"] == "update":
-                    changes |= resolved(job, report.get("hyperparameters", {}))
+                    changes |= resolved(job | changes, report.get("hyperparameters", {}))
                     continue
                 is_step = report["type"] == "metrics"
                 what = f"step {report['data']['step']}" if is_step else f"{report['created_at']} {report['message']}"

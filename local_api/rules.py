@@ -27,8 +27,9 @@ CONTROL_TOKEN = re.compile(
 )
 # A key of OpenAI and others, AWS, GitHub or Hugging Face; a private key
 SECRET = re.compile(
-    r"(?<!\w)sk-[\w-]{0,40}\w{20}[\w-]*|AKIA[A-Z0-9]{16}|(?:gh\w|github_pat|hf)_\w{30,}"
-    r"|-----BEGIN (?:[A-Z0-9]+ )*PRIVATE KEY[\s\S]*"
+    r"(?<!\w)sk-[\w-]{0,40}[^\W_]{20}[\w-]*|AKIA[A-Z\d]{16}|(?:ghp|_pat|hf)_[^\W_]{22}\w*"
+    r"|-----BEGIN (?:[A-Z0-9]+ )*PRIVATE KEY-[\s\S]*",
+    re.ASCII,
 )
 
 

@@ -58,10 +58,11 @@ class JobWaits(Exception):
 
 
 class Hindrance(NamedTuple):
-    """How often a job was tried that something keeps from going on, and when it is tried again."""
+    """How often a job was tried that something keeps from going on, when it is tried again, and what was said of it."""
 
     tries: int = 0
     until: float = 0.0  # time.monotonic
+    told: str = ""
 
 
 class Worker:
@@ -85,13 +86,16 @@ class Worker:
         }
 
     def start(self) -> None:
-        left_over = map(trainer_of, (self.store.data_dir / "jobs").iterdir())  # their server was killed
+        directories = filter(Path.is_dir, (self.store.data_dir / "jobs").iterdir())
+        left_over = map(trainer_of, directories)  # their server was killed
         stop_processes([trainer for trainer in left_over if trainer])
         for thread in self._threads.values():
             thread.start()
 
     def wake(self) -> None:
         """Look for work at once: a job was made, or a client changed its status."""
+        for job_id, hindrance in list(self._hindrances.items()):
+            self._hindrances[job_id] = hindrance._replace(until=0.0)
         with self._news:
             self._news.notify_all()
 
@@ -123,7 +127,10 @@ class Worker:
                     self._news.wait(IDLE_SECONDS)
 
     def _is_small(self, job: Document) -> bool:
-        return sum(path.stat().st_size for path in self.store.job_dir(job["id"]).glob("*.jsonl")) <= SMALL_BYTES
+        try:
+            return sum(path.stat().st_size for path in self.store.job_dir(job["id"]).glob("*.jsonl")) <= SMALL_BYTES
+        except OSError:  # to validate it says what is in the way
+            return True
 
     def _handle_safely(self, handle: Callable[[Document], None], job: Document) -> None:
         try:
@@ -139,18 +146,19 @@ class Worker:
         return self._hindrances.get(job_id, Hindrance()).until <= time.monotonic()
 
     def _hinder(self, job_id: str, error: Exception) -> None:
-        """Let the job wait, longer each time, for what is in its way; say once what that is."""
+        """Let the job wait, longer each time, for what is in its way; say what that is when it is new."""
         if isinstance(error, (JobWaits, ModelOutOfReach)):
             reason = str(error)
         else:
             reason = explain(error).detail
             log.error("%s waits: %s", job_id, reason, exc_info=error)
-        with contextlib.suppress(Exception):  # the database may be what is in the way: then at the next try
-            message = f"The job waits and is tried again: {reason}"
-            add_event(self.store, job_id, message, level="warn", id=event_id(job_id, message))
-        tries = self._hindrances.get(job_id, Hindrance()).tries
+        tries, _, told = self._hindrances.get(job_id, Hindrance())
+        if told != reason:
+            with contextlib.suppress(Exception):  # the database may be what is in the way: then at the next try
+                add_event(self.store, job_id, f"The job waits and is tried again: {reason}", level="warn")
+                told = reason
         until = time.monotonic() + min(MAX_WAIT_SECONDS, 2**tries)
-        self._hindrances[job_id] = Hindrance(tries + 1, until)
+        self._hindrances[job_id] = Hindrance(tries + 1, until, told)
 
     # Validation
 
@@ -189,7 +197,7 @@ class Worker:
         with open(directory / "trainer.log", "ab") as trainer_log:
             begun = trainer_log.tell()
             trainer = self._start_trainer(directory, trainer_log)
-        self.training = True
+        self.training, reports.first = True, None
         try:
             stopped = self._follow(trainer, reports)
         finally:
@@ -236,7 +244,7 @@ class Worker:
             if to_run and self._may_try(reports.job_id):
                 try:
                     to_run = self._status(reports.job_id) == "running"
-                    reports.read()
+                    self._read(reports)
                 except Exception as error:  # the trainer need not wait with it
                     self._hinder(reports.job_id, error)
             if not to_run:
@@ -246,6 +254,11 @@ class Worker:
             time.sleep(POLL_SECONDS)
         return bool(self.stopping)  # a service manager may have stopped the two together
 
+    def _read(self, reports: Reports) -> None:
+        reports.read()
+        if reports.first:  # a new step: nothing is in the way any more
+            self._hindrances.pop(reports.job_id, None)
+
     def _status(self, job_id: str) -> str | None:
         return (self.store.get(JOB, job_id) or {}).get("status")
 
@@ -254,7 +267,7 @@ class Worker:
     def _take_outcome(self, reports: Reports) -> bool:
         """Record the trainer's last word, if it has spoken it."""
         outcome = reports.outcome()
-        reports.read()  # all that came before the last word is in the file by now
+        self._read(reports)  # all that came before the last word is in the file by now
         if outcome is None:
             return False
         if outcome["status"] == "succeeded":

@@ -14,7 +14,7 @@ LETTERS = "".join(random.Random(1).choices(string.ascii_letters + string.digits,
 SECRETS = [
     "sk-" + LETTERS[:48], "sk-proj-" + LETTERS[:30] + "_-" + LETTERS[30:60], "sk-ant-api03-" + LETTERS[:60],
     "AKIA" + "QWERTYUIOP123456", "ghp_" + LETTERS[:36], "github_pat_" + LETTERS[:22] + "_" + LETTERS[:59], "hf_" + LETTERS[:34],
-    "-----BEGIN OPENSSH PRIVATE KEY-----\n" + LETTERS, "-----BEGIN PRIVATE KEY-----", "-----BEGIN PGP PRIVATE KEY BLOCK-----",
+    "-----BEGIN OPENSSH PRIVATE KEY-----\n" + LETTERS, "-----BEGIN PRIVATE KEY-----",
 ]  # fmt: skip
 
 
@@ -132,6 +132,8 @@ GOOD: list = [
     chat([PICTURE], ANSWER),
     chat([{"type": "image_url", "image_url": {"url": "data:image/png;base64,hf_" + LETTERS[:35]}}], ANSWER),
     chat(said("Q?", "user", name="Ann"), ANSWER, "And?", ANSWER),
+    chat("test_weight_decay_is_applied_to_every_group", "sk-loading_spinner_container_wrapper copyright_notice_for_third_party_software"),
+    chat("sk-4711-blau-gross-2024", "right_side_of_the_customer_order_join_table hf_hub_download_file_v2_2024 " + ANSWER),
     chat("Q?", said(ANSWER, weight=0), "Again?", said(ANSWER, weight=1)),
     chat("Q?", [{"type": "text", "text": ANSWER}]),
     chat("Unlike <|this|>, < | and <| |>", ANSWER),

@@ -102,6 +102,38 @@ def test_a_job_waits_for_its_base_model_and_can_be_cancelled(tmp_path, monkeypat
         assert wait_for(job.id, client).status == "succeeded"
 
 
+def test_a_clients_change_ends_the_waiting(tmp_path, monkeypatch):
+    monkeypatch.setattr(worker, "MAX_WAIT_SECONDS", 60)
+    with running(tmp_path / "data") as (url, app):
+        client, at_work = connect(url), app.state.worker
+        job = create_job(client, "full disk")
+        wait_until(lambda: messages(client, job, "No space left on device"))
+        wait_until(lambda: job.id in at_work._hindrances)
+        at_work._hindrances[job.id] = at_work._hindrances[job.id]._replace(tries=6, until=time.monotonic() + 60)
+        (tmp_path / "data" / "go").touch()
+        client.fine_tuning.jobs.pause(job.id)
+        client.fine_tuning.jobs.resume(job.id)
+        assert wait_for(job.id, client).status == "succeeded" and job.id not in at_work._hindrances
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows lets few people make links")
+def test_a_job_whose_files_are_out_of_reach_holds_up_no_other(tmp_path):
+    with running(tmp_path / "data") as (url, app):
+        client, store = connect(url), app.state.store
+        job = create_job(client, "held")
+        wait_for(job.id, client, "running")
+        lost = create_job(client)
+        wait_for(lost.id, client, "queued")
+        path = store.job_dir(lost.id) / "training.jsonl"
+        path.unlink()
+        path.symlink_to(tmp_path / "not mounted")
+        store.update("fine_tuning.job", lost.id, status="validating_files")
+        other = create_job(client)
+        wait_for(other.id, client, "queued")
+        wait_until(lambda: messages(client, lost, "The job waits and is tried again"))
+        (tmp_path / "data" / "go").touch()
+
+
 def test_a_job_waits_for_a_locked_database(tmp_path, monkeypatch):
     monkeypatch.setattr("local_api.store.LOCK_SECONDS", 0.2)
     with running(tmp_path / "data") as (url, app):
