@@ -33,8 +33,8 @@ KEEPS_NOTHING = (
     "This server keeps no answers: send the whole conversation, with 'store': false, or ask /v1/chat/completions."
 )
 TEXT_ALONE = "It answers with text alone: leave tools out, or send 'tool_choice': 'none'; for an object, a JSON schema."
-MAX_ANSWERS = 64  # requests that the engine has at once; more wait
-MAX_WAITING = 256  # requests; one more is answered with 429
+MAX_ANSWERS = 64  # that the engine has at once, each choice of a request being one; more wait
+MAX_WAITING = 256  # answers; a request for more is answered with 429
 MAX_WAIT_SECONDS = 60.0  # so is one that has waited for so long
 
 # Labels for the operator of a service, and hints on caching and scheduling: they change no answer.
@@ -111,27 +111,40 @@ def joined_text(content: Any) -> Any:
 
 
 class Places:
-    """Places for MAX_ANSWERS requests; more wait for one: first come, first served."""
+    """Places for MAX_ANSWERS answers; more wait for one: first come, first served."""
 
     def __init__(self) -> None:
-        self.free = asyncio.Semaphore(MAX_ANSWERS)
+        self.free, self.turn = asyncio.Semaphore(MAX_ANSWERS), asyncio.Lock()
         self.waiting = 0
-        self.ended, self.seconds = 0, 10.0  # requests; what one took, lately (a guess until the first has ended)
+        self.ended, self.seconds = 0, 10.0  # answers; what one took, lately (a guess until the first has ended)
 
-    async def take(self) -> None:
-        """Take a place, which `give_back` gives back."""
-        if self.waiting >= MAX_WAITING:
+    async def take(self, count: int) -> None:
+        """Take the places of a request, which `give_back` gives back."""
+        if self.waiting + count > MAX_WAITING:
             raise self.busy()
-        self.waiting += 1
+        self.waiting += count
         try:
-            await asyncio.wait_for(self.free.acquire(), MAX_WAIT_SECONDS)
+            await asyncio.wait_for(self.take_in_turn(count), MAX_WAIT_SECONDS)
         except asyncio.TimeoutError:
             raise self.busy() from None
         finally:
-            self.waiting -= 1
+            self.waiting -= count
+
+    async def take_in_turn(self, count: int) -> None:
+        """One request after the other: two that have some of their places would wait for each other."""
+        taken = 0
+        try:
+            async with self.turn:
+                while taken < count:
+                    await self.free.acquire()
+                    taken += 1
+        except asyncio.CancelledError:
+            for _ in range(taken):
+                self.free.release()
+            raise
 
     def give_back(self, seconds: float) -> None:
-        """Give back the place of a request that took so long."""
+        """Give back the place of an answer that took so long."""
         self.ended += 1
         self.seconds += (seconds - self.seconds) / min(self.ended, 20)
         self.free.release()
@@ -139,7 +152,7 @@ class Places:
     def busy(self) -> APIError:
         """Return the refusal; Retry-After is how long a request that comes now would wait, as things go."""
         seconds = math.ceil((self.waiting + 1) * self.seconds / MAX_ANSWERS)
-        sentence = f"This server has {MAX_ANSWERS} requests to answer, and {self.waiting} more wait"
+        sentence = f"This server has {MAX_ANSWERS} answers to write, and {self.waiting} more wait"
         return APIError(429, f"{sentence}; try again in {seconds} s.", code="rate_limit_exceeded",
                         headers={"Retry-After": str(seconds)})  # fmt: skip
 
@@ -154,10 +167,9 @@ class Choice:
 
 
 class Answer:
-    """The generations of one HTTP request, one for each choice.
+    """The generations of one HTTP request, one for each choice. Each has a place until it has ended.
 
-    It has its place already. `close` it in any case: it stops what is still being generated and gives the place back. A
-    client that closes its connection does the same.
+    `close` it in any case: it stops what is still being generated. A client that closes its connection does the same.
     """
 
     def __init__(self, http: Request, requests: list[GenerationRequest]):
@@ -167,10 +179,10 @@ class Answer:
         self.loop = asyncio.get_running_loop()
         self.arrived: asyncio.Queue = asyncio.Queue()
         self.generations = [Generation(one, partial(self.hand_over, index)) for index, one in enumerate(requests)]
-        self.started = time.monotonic()
+        self.running: set[int] = set()  # choices that have a place
         self.closed = False
+        self.taking = asyncio.create_task(self.state.places.take(len(requests)))
         self.leaving = asyncio.create_task(self.close_when_gone())
-        threading.Thread(target=self.submit, name="submit", daemon=True).start()
 
     def submit(self) -> None:
         """In a thread: the base model may have to be fetched first."""
@@ -182,10 +194,34 @@ class Answer:
     def hand_over(self, index: int, piece: Any) -> None:
         """In any thread: let the event loop have a piece, or an exception that ends the answer."""
         with contextlib.suppress(RuntimeError):  # the loop is closed: the server has stopped
-            self.loop.call_soon_threadsafe(self.arrived.put_nowait, (index, piece))
+            self.loop.call_soon_threadsafe(self.arrive, index, piece)
+
+    def arrive(self, index: int, piece: Any) -> None:
+        """Keep a piece, unless its choice has ended; the place of one that ends with it is free, read or not."""
+        if index in self.running:
+            self.arrived.put_nowait((index, piece))
+            if isinstance(piece, Exception):
+                self.give_back(*self.running)
+            elif piece.finish_reason:
+                self.give_back(index)
+
+    def give_back(self, *choices: int) -> None:
+        for choice in choices:
+            self.running.remove(choice)
+            self.state.places.give_back(time.monotonic() - self.started)
 
     async def begin(self) -> None:
-        """Wait for the first piece: what fails before that is still answered with an HTTP status."""
+        """Wait for places and for the first piece: what fails before that is still answered with an HTTP status."""
+        try:
+            await self.taking
+        except asyncio.CancelledError:
+            if not self.closed:  # close() has left an exception to arrive
+                raise
+        else:
+            self.started, self.running = time.monotonic(), set(range(len(self.choices)))
+            if self.closed:
+                self.give_back(*self.running)
+            threading.Thread(target=self.submit, name="submit", daemon=True).start()
         self.first = await self.arrived.get()
         if isinstance(self.first[1], Exception):
             raise self.first[1]
@@ -208,11 +244,13 @@ class Answer:
     def close(self) -> None:
         if not self.closed:
             self.closed = True
-            self.state.places.give_back(time.monotonic() - self.started)
+            self.taking.cancel()
             self.leaving.cancel()
             self.http.state.usage = self.usage()  # for the log
             for generation in self.generations:
                 generation.cancel()
+            self.give_back(*self.running)
+            self.arrived.put_nowait((0, APIError(499, "The client has closed its connection.")))  # if one still waits
 
     async def close_when_gone(self) -> None:
         while (await self.http.receive())["type"] != "http.disconnect":
@@ -236,7 +274,6 @@ async def respond(
     """Let the engine answer, and send what it says: one document, or events. prompt: the parameter that holds it."""
     await run_in_threadpool(find_model, http.app.state.models, asked.model)
     requests = await run_in_threadpool(asked.generation_requests)  # a large schema takes its time
-    await http.app.state.places.take()
     answer = Answer(http, requests)
     try:
         await answer.begin()

@@ -173,7 +173,8 @@ class Guard:
             if not sent:
                 raise APIError(401, "You didn't provide an API key. Send it as 'Authorization: Bearer KEY'.")
             # Headers arrive decoded as Latin-1.
-            if not hmac.compare_digest(sent.encode("latin-1"), f"Bearer {self.key}".encode()):
+            scheme, _, key = sent.partition(" ")
+            if scheme.lower() != "bearer" or not hmac.compare_digest(key.strip().encode("latin-1"), self.key.encode()):
                 raise APIError(401, "Incorrect API key provided.", code="invalid_api_key")
         length = headers.get("content-length", "0")
         if length.isdigit() and int(length) > limit:

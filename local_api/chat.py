@@ -127,6 +127,7 @@ async def chunks(chat: ChatRequest, answer: Answer) -> AsyncIterator[str]:
         async for index, piece in answer.pieces():
             if piece.text or piece.logprobs:
                 yield event(index, {"content": piece.text}, shown_logprobs(chat, piece.logprobs))
+                answer.choices[index].logprobs.clear()  # who streams needs them no more
             if piece.finish_reason:
                 yield event(index, {}, None, piece.finish_reason)
         if with_usage:

@@ -89,9 +89,9 @@ class Engine:
             while self.has_work():
                 use_cores(half=self.is_training())
                 self.admit()
-                for batch in list(self.batches.values()):
+                for model_id in list(self.batches):
                     if not self.closed:
-                        self.step(batch)
+                        self.step(self.batches[model_id])  # no name for it: a model that is dropped is to be gone
         finally:
             with self.changed:
                 self.closed = True

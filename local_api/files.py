@@ -83,7 +83,11 @@ def check_jsonl(content: IO[bytes]) -> None:
         raise APIError(400, "The file is empty: expected JSONL, one JSON dictionary a line.", param="file")
 
 
-@router.get("", response_model=Page[FileObject])
+class File(FileObject):
+    purpose: str  # type: ignore[assignment]  # an older version took others, too
+
+
+@router.get("", response_model=Page[File])
 def list_files(
     store: StoreOfRequest,
     after: str | None = None,
@@ -103,7 +107,7 @@ def find_file(store: Store, file_id: str) -> Document:
     return document
 
 
-@router.get("/{file_id}", response_model=FileObject)
+@router.get("/{file_id}", response_model=File)
 def retrieve_file(store: StoreOfRequest, file_id: str) -> Document:
     return find_file(store, file_id)
 

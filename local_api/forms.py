@@ -6,6 +6,7 @@ told of the form: one that was neither trained for it nor asked for it in the pr
 
 from __future__ import annotations
 
+import json
 from typing import Annotated, Any, Literal
 
 from llguidance import LLMatcher
@@ -54,8 +55,12 @@ def grammar(kind: str, asked: JSONSchema | None, param: str, schema_param: str) 
     if schema is None:
         raise APIError(400, f"Missing required parameter: '{schema_param}'.", param=schema_param,
                        code="missing_required_parameter")  # fmt: skip
-    found = LLMatcher.grammar_from_json_schema(schema, overrides=options)
-    if problem := LLMatcher.validate_grammar(found):
+    try:
+        found = LLMatcher.grammar_from_json_schema(json.dumps(schema), overrides=options)
+        problem = LLMatcher.validate_grammar(found)
+    except ValueError as error:  # it is nested too deeply
+        problem = str(error)
+    if problem:
         raise APIError(400, f"Invalid schema for '{param}': {' '.join(problem.split())[:300]}.", param=param,
                        code="invalid_json_schema")  # fmt: skip
     return found

@@ -19,7 +19,7 @@ from local_api.errors import APIError
 from local_api.job_files import flush_directory
 from local_api.models import find_model
 from local_api.shapes import MAX_PAIRS, Metadata, Page, Parameters, Router, page
-from local_api.store import CHECKPOINT, EVENT, FILE, JOB, Document, Store, StoreOfRequest, new_id, now, public
+from local_api.store import CHECKPOINT, EVENT, FILE, JOB, MODEL, Document, Store, StoreOfRequest, new_id, now, public
 
 MAX_WAITING_JOBS = 100
 UNFINISHED = ("validating_files", "queued", "running", "paused")
@@ -130,6 +130,9 @@ def fill(directory: Path, store: Store, files: dict[str, Document], parent: Docu
             shutil.copytree(store.data_dir / parent["_adapter"], directory / "parent", copy_function=link_or_copy)
             flush_directory(directory / "parent")
     except (FileNotFoundError, shutil.Error):
+        there = [store.get(FILE, file["id"]) for file in files.values()] + [store.get(MODEL, parent["id"])]
+        if all(there):  # something else is in the way
+            raise
         raise APIError(404, "A file or the model of this job was deleted while the job was made.") from None
     flush_directory(directory)
     flush_directory(directory.parent)
@@ -208,7 +211,10 @@ def metadata_filter(request: Request) -> tuple[str, tuple[str, ...]]:
         raise APIError(400, f"At most {MAX_PAIRS} pairs of 'metadata' are allowed.", param="metadata",
                        code="invalid_value")  # fmt: skip
     conditions = ["EXISTS (SELECT 1 FROM json_each(document, '$.metadata') WHERE key = ? AND value = ?)"] * len(pairs)
-    if ("metadata", "null") in sent:
+    if plain := [value for name, value in sent if name == "metadata"]:
+        if set(plain) != {"null"}:
+            raise APIError(400, "Invalid value for 'metadata': use metadata[key]=value, or metadata=null.",
+                           param="metadata", code="invalid_value")  # fmt: skip
         conditions.append("json_type(document, '$.metadata') = 'null'")
     return " AND ".join(conditions) or "1", tuple(text for pair in pairs for text in pair)
 

@@ -11,7 +11,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 from local_api.errors import APIError, invalid_parameter
 from local_api.store import Document
 
-MAX_COMMAS = 200_000  # in a JSON body: 2,048 messages have 10,000, and a text with so many fits no model's context
+MAX_SIGNS = 200_000  # , [ { in a JSON body: 2,048 messages have 15,000, and a text with so many fits no model's context
 MAX_NAMES = 100  # in an object of parameters
 MAX_PAIRS = 16  # of metadata: the API's limit
 
@@ -19,8 +19,11 @@ Item = TypeVar("Item")
 
 
 def parse_body(body: bytes, model: type[BaseModel]) -> BaseModel:
-    if body.count(b",") > MAX_COMMAS:
-        message = f"The request has more than {MAX_COMMAS:,} commas: this API has no use for so many values."
+    body = body.removeprefix(b"\xef\xbb\xbf")  # as PowerShell writes it
+    if sum(map(body.count, (b",", b"[", b"{"))) > MAX_SIGNS:
+        message = (
+            f"The request has more than {MAX_SIGNS:,} commas and brackets: this API has no use for so many values."
+        )
         raise APIError(400, message, code="invalid_value")
     try:
         return model.model_validate_json(body)

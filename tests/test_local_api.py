@@ -4,6 +4,7 @@ Every answer is checked twice: by the SDK's strict response validation and again
 """
 
 import asyncio
+import contextlib
 import json
 import socket
 import sqlite3
@@ -204,6 +205,7 @@ def test_jobs_page_and_filter_by_metadata(client, http):
     assert found(**{"metadata[odd \"key']": "a=b&c"}) == [ids[0]]
     assert found(**{"metadata[run]": "3"}) == []
     assert found(metadata="null") == [ids[3]]
+    assert http.get("/v1/fine_tuning/jobs?metadata=x").json()["error"]["param"] == "metadata"
     conforms(http.get("/v1/fine_tuning/jobs?limit=100").json(), "GET /fine_tuning/jobs")
     for job_id in ids:
         wait_for(job_id, client)
@@ -494,24 +496,46 @@ def test_who_waits_too_long_or_stands_too_far_back_is_told_when_to_come_again(cl
     monkeypatch.setattr("local_api.answers.MAX_ANSWERS", 1)
     monkeypatch.setattr("local_api.answers.MAX_WAITING", 2)
     monkeypatch.setattr(places, "free", asyncio.Semaphore(1))
-    with ask(client, "slow", stream=True, n=2) as answer, ThreadPoolExecutor() as pool:
+    with ask(client, "slow", stream=True) as answer, ThreadPoolExecutor() as pool:
         next(answer)
         monkeypatch.setattr(places, "seconds", 8.0)  # what an answer takes
-        waits = pool.submit(ask, client, "hello", n=2)
+        waits = pool.submit(ask, client, "hello")
         wait_until(lambda: places.waiting == 1)
         monkeypatch.setattr("local_api.answers.MAX_WAIT_SECONDS", 0.2)
-        with pytest.raises(openai.RateLimitError, match="1 requests to answer, and 2 more wait") as late:
+        with pytest.raises(openai.RateLimitError, match="1 answers to write, and 2 more wait") as late:
             client.responses.create(model="tiny-base", input="hello")
         assert late.value.response.headers["retry-after"] == "24" and late.value.code == "rate_limit_exceeded"
         monkeypatch.setattr("local_api.answers.MAX_WAIT_SECONDS", 60)
         with pytest.raises(openai.APITimeoutError):  # a client that does not wait is not answered
             ask(client, "not any more", timeout=0.3)
-        with pytest.raises(openai.RateLimitError, match="and 2 more wait; try again in 24 s") as far:
-            ask(client, "hello")
-        assert far.value.response.headers["retry-after"] == "24"
+        wait_until(lambda: places.waiting == 1)  # and holds up nobody
+        with pytest.raises(openai.RateLimitError, match="and 1 more wait; try again in 16 s") as far:
+            ask(client, "hello", n=2)
+        assert far.value.response.headers["retry-after"] == "16"
         answer.close()
-        assert len(waits.result().choices) == 2
+        assert len(waits.result().choices) == 1
     wait_until(lambda: places.free._value == 1 and not places.waiting)
+
+
+def test_clients_that_leave_leave_nothing_behind(server):
+    """Some leave while they wait, some while several choices are written: each place comes back."""
+    url, app = server
+    body = {"model": "tiny-base", "messages": [{"role": "user", "content": "slow"}], "n": 8}
+
+    def leave(number: int) -> None:
+        with contextlib.suppress(httpx2.TimeoutException):
+            httpx2.post(f"{url}/v1/chat/completions", json=body, timeout=0.1 + number % 7 / 20)
+
+    with ThreadPoolExecutor(20) as pool:
+        list(pool.map(leave, range(40)))
+    wait_until(lambda: app.state.places.free._value == MAX_ANSWERS and not app.state.places.waiting)
+
+
+def test_a_client_that_does_not_read_its_stream_holds_no_place(server):
+    url, app = server
+    body = {"model": "tiny-base", "messages": [{"role": "user", "content": "hello"}], "stream": True, "n": 64}
+    with httpx2.stream("POST", f"{url}/v1/chat/completions", json=body):
+        wait_until(lambda: app.state.places.free._value == MAX_ANSWERS)
 
 
 def test_what_the_engine_refuses(client):

@@ -99,6 +99,8 @@ def test_a_schema_that_is_nested_too_deeply_is_refused(server):
     with pytest.raises(openai.BadRequestError) as caught:
         form_of(server, type="json_schema", json_schema={"name": "deep", "schema": schema})
     assert caught.value.code == "invalid_json_schema"
+    large = {"type": "integer", "maximum": 2**70}
+    assert form_of(server, type="json_schema", json_schema={"name": "large", "schema": large})
 
 
 def test_biases_and_penalties_change_what_is_drawn():
