@@ -106,6 +106,9 @@ import llama_index.core
 package = types.ModuleType("llama_index.finetuning")
 found = importlib.machinery.PathFinder.find_spec(package.__name__, sys.modules["llama_index"].__path__)
 package.__path__, sys.modules[package.__name__], sys.stdout = found.submodule_search_locations, package, sys.stderr
+for name in ("llama_index.postprocessor", "llama_index.postprocessor.cohere_rerank"):  # for other engines than OpenAI's
+    sys.modules[name] = types.ModuleType(name)
+sys.modules[name].CohereRerank = None
 from llama_index.finetuning.openai.base import OpenAIFinetuneEngine
 engine = OpenAIFinetuneEngine("gpt-4o-mini-2024-07-18", "data.jsonl", verbose=True)
 engine.finetune()
