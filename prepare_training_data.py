@@ -23,6 +23,7 @@ try:
     import re
     import sys
     from collections import Counter
+    from concurrent.futures import ThreadPoolExecutor as Threads
     from pathlib import Path
 
     import tiktoken
@@ -45,15 +46,15 @@ MIN_EXAMPLES, ADVISED_EXAMPLES, TOKEN_LIMIT = 10, 50, 65_536  # tokens of one ex
 class Row:
     """A record on its way into the training file; one with line 0 is the training file itself."""
 
-    text = prompt = answer = system = ""  # filled by to_example() and judge()
-    is_sound, has_more, tokens = True, False, 0  # has_more: than texts
+    text = answer = system = ""  # filled by to_example() and judge()
+    is_sound, has_more, prompt, tokens = True, False, 0, 0  # has_more: than texts; prompt: a hash
 
     def __init__(self, file: str, line: int):
         self.file, self.line = file, line
         self.example: dict = {"messages": []}  # what is written of the record
         self.left_out: dict = {}  # what is not
         self.texts: list[str] = []  # of its messages
-        self.said: dict[str, list[str]] = {role: [] for role in ROLES}  # the same, by role
+        self.said: dict[str, list[bool]] = {role: [] for role in ROLES}  # whether there is any
         self.faults: list[tuple[str, str, str]] = []  # level, kind, sentence with the cure
 
     def fault(self, kind: str, sentence: str) -> None:
@@ -71,12 +72,12 @@ NO_RECORDS = r"PK\x03|PAR1|\[?\d+[./-]\d+[./-]\d+,? |#+ |#sep|[*>-] |---|\*\*|Q:
 
 def read(path: str):
     data = Path(path).read_bytes()
-    encoding = "utf-16" if data[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig"
-    text = data.decode(encoding, "replace").replace("\r\n", "\n").replace("\r", "\n").rstrip()
+    code = "utf-16" if data[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig"
+    text = data.decode(code, "surrogateescape").replace("\r\n", "\n").replace("\r", "\n").rstrip()
     if not text or re.match(NO_RECORDS, text.lstrip("\u200e \n")):
         sys.exit(f"{path} is empty, or no data with names: docs/your_data.md says what to do.")
-    if "\ufffd" in text:
-        line = text.count("\n", 0, text.index("\ufffd")) + 1
+    if undecoded := re.search(r"[\udc80-\udcff]", text):
+        line = text.count("\n", 0, undecoded.start()) + 1
         sys.exit(f"{path}:{line}: this is no UTF-8: save it so (a table in Excel as CSV UTF-8).")
     return read_json(path, text) if text.lstrip()[0] in "[{" else read_table(path, text.strip("\n"))
 
@@ -94,7 +95,7 @@ def read_json(path: str, text: str):
             line = getattr(error, "lineno", line)
             sys.exit(f"{path}:{line}: error: invalid-json: {error}: mend it there, and run again.")
         lists = []  # {"faqs": [...]}: go on behind the name of the one list of objects
-        if end == length and isinstance(record, dict) and not text[:start].strip():
+        if end == length and isinstance(record, dict) and text.find("{") == start:
             lists = [key for key, of in record.items() if "[{" in str(of) and type(of) is not str]
         if len(lists) == 1 and type(record[lists[0]]) is list and (lists[0],) not in SHAPES:
             print(f"{path}: the records are those in `{lists[0]}`; what is beside it is left out.")
@@ -198,8 +199,8 @@ SECRET = r"sk-(?<!\wsk-)[\w-]{0,40}[^\W_]{20}|AKIA[A-Z\d]{16}|(ghp|_pat|hf)_[^\W
 RULES = [
     ("no-user-message", lambda row: not row.said["user"], "there is no question: add it"),
     ("no-assistant-message", lambda row: not row.said["assistant"], "there is no answer: add it"),
-    ("empty-question", lambda row: "" in row.said["user"], "a question is empty: write it"),
-    ("empty-answer", lambda row: "" in row.said["assistant"], "an answer is empty: write it"),
+    ("empty-question", lambda row: not all(row.said["user"]), "a question is empty: write it"),
+    ("empty-answer", lambda row: not all(row.said["assistant"]), "an answer is empty: write it"),
     ("control-token", lambda row: re.search(CONTROL, row.text), "the API rejects <|...|>: cut it"),
     ("secret", lambda row: re.search(SECRET, row.text), "there is a key: cut and revoke it"),
     ("blank-run", lambda row: re.search(r"\s{100000}", row.text), "100,000 blanks: cut them out"),
@@ -210,8 +211,8 @@ RULES = [
 def judge(row: Row) -> None:
     """Tell the faults that an example has by itself."""
     if row.has_more:
-        row.prompt = json.dumps(row.example, ensure_ascii=False)
-        row.texts = ["", row.prompt]
+        row.texts = ["", json.dumps(row.example, ensure_ascii=False)]
+        row.prompt = hash(row.texts[1])
         return row.warn("not-looked-into", "it is no text alone: python -m local_api --check FILE")
     for message in row.example["messages"]:
         role, text = message.get("role"), message.get("content")
@@ -220,9 +221,9 @@ def judge(row: Row) -> None:
         if not isinstance(text, str):
             return row.fault("invalid-content", "a message has text as `content`, or `tool_calls`")
         row.texts.append(text)
-        row.said[role].append(text.strip())
+        row.said[role].append(bool(text.strip()))
     row.text = "\n".join(row.texts)
-    row.prompt = "\n".join(row.texts[:-1]).strip().lower()  # with the system message
+    row.prompt = hash("\n".join(row.texts[:-1]).strip().lower())  # with the system message
     row.answer = "".join(row.texts[-1:]).strip().lower()
     for kind, is_broken, cure in RULES:
         if row.is_sound and is_broken(row):
@@ -265,8 +266,7 @@ class TrainingDataPreparator:
     def __init__(self, system: str | None = None):
         load_dotenv()
         self.system = SYSTEM_PROMPT if system is None else system
-        model = os.environ.get("FINE_TUNE_MODEL", "gpt")  # others have tokenizers of their own
-        self.counted = "exact" if model.startswith("gpt") else "approximate"
+        self.counted = "exact" if "gpt" in os.getenv("FINE_TUNE_MODEL", "gpt") else "approximate"
         try:
             self.encoding: tiktoken.Encoding | None = tiktoken.get_encoding("o200k_base")
         except (OSError, ValueError):  # the vocabulary is not here and cannot be downloaded
@@ -281,7 +281,11 @@ class TrainingDataPreparator:
     def count_tokens(self, texts: list[str]) -> list[int]:
         if self.encoding is None:
             return [len(text.encode()) // 4 for text in texts]
-        return [len(tokens) for tokens in self.encoding.encode_ordinary_batch(texts)]
+        return [len(self.encoding.encode_ordinary(text)) for text in texts]
+
+    def count_rows(self, rows: list[Row]) -> None:
+        for row in rows:  # by openai-cookbook's rule for chats
+            row.tokens = 3 + sum(4 + count for count in self.count_tokens(row.texts))
 
     def prepare_data(self, inputs, output, columns=None, hold_out=0.0, show_all=False) -> dict:
         """Read, judge, compare, tell and write; return what the report file holds.
@@ -324,11 +328,7 @@ class TrainingDataPreparator:
     def compare(self, rows: list[Row], hold_out: float) -> tuple[list[Row], list[Row]]:
         """Tell which rows repeat or contradict others, or are too long; part off test cases."""
         training, tests, seen, prompts = [], [], {}, {}  # type: ignore[var-annotated]
-        for start in range(0, len(rows), 1000):  # in blocks, which tiktoken counts on all cores
-            block = rows[start : start + 1000]
-            counts = iter(self.count_tokens([text for row in block for text in row.texts]))
-            for row in block:  # by openai-cookbook's rule for chats
-                row.tokens = 3 + sum(4 + next(counts) for _ in row.texts)
+        list(Threads(4).map(self.count_rows, [rows[n : n + 50] for n in range(0, len(rows), 50)]))
         for row in rows:
             same = seen.setdefault(tuple(row.texts), row)  # the first row with these texts
             first, number = prompts.setdefault(row.prompt, (row, len(prompts)))

@@ -95,7 +95,7 @@ def run_script(path: str):
     import prepare_training_data
 
     sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115
-    prepare_training_data.main([path, "-o", path + ".out", "--system", "", "--model", "gpt-4.1-mini-2025-04-14"])
+    prepare_training_data.main([path, "-o", path + ".out", "--system", ""])
     print(json.dumps({"seconds": time.perf_counter() - start}), file=sys.__stdout__)
 
 
