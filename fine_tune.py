@@ -97,7 +97,7 @@ def start_fine_tuning(training_file=TRAINING_FILE, max_cost=MAX_COST, force=Fals
         "hyperparameters": hyperparameters,  # OpenAI's newer place is `method`; all read this one
         "extra": extra,
     }
-    order["fingerprint"] = hashlib.sha256(json.dumps(order).encode()).hexdigest()  # the same job's
+    order["fingerprint"] = hashlib.sha256(json.dumps(order).encode()).hexdigest()  # marks this job
     order |= {"training_file_path": str(training_file), "force": force}
     # In turn: a job whose answer was lost, the recorded job, a new one.
     job = unanswered_job(client, order) or (None if force else recorded_job(client, order))

@@ -29,8 +29,11 @@ RULES = [  # the kind, what finds it in a text, the cure
     ),
 ]
 # The formats of older models ended every prompt and every answer with a mark, or began it with
-# a blank. Either pattern always matches, mostly an empty text.
-EDGES = [r"\A\s*", r"(?:\s*(?:#+|[-=]+>)|\s+(?:END|STOP))?\s*\Z"]
+# a blank. Either pattern always matches, mostly an empty text. The second: where it is looked for.
+EDGES = [
+    (r"\A\s*", slice(20)),
+    (r"(?:\s*(?:#+|[-=]+>)|\s+(?:END|STOP))?\s*\Z", slice(-20, None)),
+]
 
 
 def read_rows(path: Path) -> list[list[str]]:
@@ -60,10 +63,8 @@ def common_marks(rows: list[list[str]]) -> list[str]:
     sentences = []
     for name, at in (("question", -2), ("answer", -1)):
         texts = [row[at] for row in rows if len(row) > 1]
-        for edge in EDGES:
-            marks = {
-                re.findall(edge, text[:20] if edge == EDGES[0] else text[-20:])[0] for text in texts
-            }
+        for pattern, part in EDGES:
+            marks = {re.findall(pattern, text[part])[0] for text in texts}
             if len(marks) == 1 and marks != {""}:
                 sentences.append(f"common-mark: each {name} has {marks.pop()!r}: take it out")
     return sentences

@@ -219,9 +219,10 @@ class Answer:
                 raise
         else:
             self.started, self.running = time.monotonic(), set(range(len(self.choices)))
-            if self.closed:
+            if self.closed:  # the client has left at this very moment
                 self.give_back(*self.running)
-            threading.Thread(target=self.submit, name="submit", daemon=True).start()
+            else:
+                threading.Thread(target=self.submit, name="submit", daemon=True).start()
         self.first = await self.arrived.get()
         if isinstance(self.first[1], Exception):
             raise self.first[1]
