@@ -126,7 +126,7 @@ ROLES = ("system", "developer", "user", "assistant")
 OTHER_NAMES = {"from": "role", "value": "content", "human": "user"}
 OTHER_NAMES |= {"gpt": "assistant", "ai": "assistant", "model": "assistant"}
 MORE_KEYS = {"name", "weight", "tool_calls", "tool_call_id"}  # of messages, beside their texts
-CONTEXT = {"context", "input", "passage", "documents", "background", "history", "functions"}
+CONTEXT = "context input passage document documents background history functions"
 
 
 def to_example(row: Row, original, columns: dict[str, str], system: str) -> None:
@@ -239,9 +239,9 @@ def judge_file(whole: Row, rows: list[Row]) -> None:
     if not is_techflow and any(TECHFLOW in row.system for row in rows):
         whole.warn("tutorial-prompt", "it makes TechFlow's assistant: give your own, --system")
     lost = Counter(name for row in rows for name, value in row.left_out.items() if value)
-    for name in sorted(CONTEXT & lost.keys()):
+    for name in sorted(lost.keys() & CONTEXT.split()):
         what = f"`{name}` is not in the training data: {lost[name]:,} rows"
-        whole.warn("not-in-training", f"{what}; join it to the question if the answer needs it")
+        whole.warn("not-in-training", f"{what}; put it into the question, `functions` into `tools`")
 
 
 def tell(rows: list[Row], show_all: bool) -> None:
@@ -253,7 +253,7 @@ def tell(rows: list[Row], show_all: bool) -> None:
             groups.setdefault((row.file, level, kind), []).append((place, sentence))
     for (_, level, kind), found in groups.items():
         more = ""
-        if len(found) > 3 and not show_all:
+        if len({place for place, _ in found}) > 3 and not show_all:
             lines = ", ".join(place.split(":")[-1] for place, _ in found[:3])
             found, more = found[:1], f" ({len(found):,} rows: lines {lines}, ...)"
         for place, sentence in found:

@@ -473,10 +473,11 @@ def test_what_is_left_out_is_counted(capsys):
 
 
 def test_text_that_no_shape_takes_up_is_a_warning_that_names_the_loss(capsys):
-    rows = [qa(n, input=f"passage {n}", background="" if n else "b") for n in range(60)]
+    rows = [qa(n, input=f"passage {n}", background="" if n else "b", document="d", functions=[1]) for n in range(60)]
     _, _, err = run(capsys, jsonl("in.jsonl", rows), "--system", "")
     for part in ("`input` is not in the training data: 60 rows;", "`background` is not in the training data: 1 rows;"):
         assert f"training_data.jsonl: warning: not-in-training: {part}" in err
+    assert "`document` is not in" in err and "`functions` into `tools`" in err
 
 
 def test_rows_are_compared(capsys):
