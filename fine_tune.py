@@ -75,35 +75,32 @@ def read_job(name: str | None = None) -> dict:
 # --- End of what is the same. ---
 
 
-def start_fine_tuning(training_file=TRAINING_FILE, max_cost=MAX_COST, force=False, **options):
+def start_fine_tuning(training_file=TRAINING_FILE, max_cost=MAX_COST, force=False, model=None,
+        validation_file=None, suffix=None, n_epochs=None, seed=None, extra=None):  # fmt: skip
     """Return the id of the job for this file and these options: created now, or found.
-
-    options: validation_file, model, suffix, n_epochs, seed, extra, as on the command line.
-    Raises openai.APIError, OSError; SystemExit with a sentence for the reader.
-    """
-    client, extra = connect(), dict(options.get("extra") or {})
-    hyperparameters = extra.pop("hyperparameters", None) or {}  # left out: the server chooses
-    if options.get("n_epochs") is not None:
-        hyperparameters["n_epochs"] = options["n_epochs"]
-    validation_file = options.get("validation_file")
+    Raises openai.APIError, OSError; SystemExit with a sentence for the reader."""
+    client, extra = connect(), dict(extra or {})
+    hyperparameters = dict(extra.pop("hyperparameters", {}))  # left out: the server chooses
+    if n_epochs is not None:
+        hyperparameters["n_epochs"] = n_epochs
     validation = Path(validation_file).read_bytes() if validation_file else b""
     order: dict = {
         "server": str(client.base_url).rstrip("/"),
-        "model": options.get("model") or os.environ.get("FINE_TUNE_MODEL") or DEFAULT_MODEL,
+        "model": model or os.environ.get("FINE_TUNE_MODEL") or DEFAULT_MODEL,
         "sha256": hashlib.sha256(Path(training_file).read_bytes()).hexdigest(),
         "validation_sha256": hashlib.sha256(validation).hexdigest(),
-        "suffix": options.get("suffix"),
-        "seed": options.get("seed"),
+        "suffix": suffix,
+        "seed": seed,
         "hyperparameters": hyperparameters,  # OpenAI's newer place is `method`; all read this one
         "extra": extra,
     }
-    order["fingerprint"] = hashlib.sha256(json.dumps(order).encode()).hexdigest()  # marks this job
+    order["fingerprint"] = hashlib.sha256(json.dumps(order).encode()).hexdigest()
     order |= {"training_file_path": str(training_file), "force": force}
     # In turn: a job whose answer was lost, the recorded job, a new one.
-    job = unanswered_job(client, order) or (None if force else recorded_job(client, order))
-    if job:
-        print("This job exists already: same bytes, options, server. (--force orders another.)")
-    else:
+    job = unanswered_job(client, order)
+    if not job and not force:
+        job = recorded_job(client, order)
+    if not job:
         order |= {"started_at": time.time(), **read_report(order, max_cost)}
         print(f"[1/3] Uploading training file: {training_file}")
         # Each order uploads anew: the id of its file is the mark by which its job is known again.
@@ -112,7 +109,7 @@ def start_fine_tuning(training_file=TRAINING_FILE, max_cost=MAX_COST, force=Fals
         order["training_file"] = file.id
         if validation_file:
             upload = client.files.create(file=Path(validation_file), purpose="fine-tune")
-            order["validation_file"] = upload.id
+            order |= {"validation_file": upload.id, "validation_file_path": str(validation_file)}
         print("\n[2/3] Waiting for file to be processed...")
         wait_until_processed(client, file.id)
         print("\n[3/3] Creating fine-tuning job...")
@@ -123,19 +120,19 @@ def start_fine_tuning(training_file=TRAINING_FILE, max_cost=MAX_COST, force=Fals
 
 
 def read_report(order: dict, max_cost: float) -> dict:
-    """Return system prompt and estimated cost, by step 1's report; stop above max_cost (USD)."""
+    """Return system prompt and cost (USD), by step 1's report; stop if that is above max_cost."""
     training_file = order["training_file_path"]
     path = Path(training_file).with_suffix(".report.json")
     report = json.loads(path.read_text("utf-8")) if path.exists() else {}
     if report.get("sha256") != order["sha256"]:  # not of these bytes
         step_1 = f'python prepare_training_data.py {training_file} -o {training_file} --system ""'
-        print(f"Data:  no report of step 1, so neither cost nor system prompt is known: {step_1}")
+        print(f"Data:  no report of step 1: cost and system prompt are unknown. Make it: {step_1}")
         return {"system_prompt": None, "estimated_cost": None}
     counts = f"{report['examples']:,} examples, {report['tokens']:,} tokens ({report['counted']})"
-    print(f"Data:  {counts}, warnings: {report['warnings']}")
+    print(f"Data:  {counts}")
     epochs = order["hyperparameters"].get("n_epochs", "auto")
-    if epochs == "auto":  # as openai-cookbook has it: examples/Chat_finetuning_data_prep.ipynb
-        epochs = max(1, min(max(3, 100 // report["examples"]), 25_000 // report["examples"]))
+    if epochs == "auto":  # openai-cookbook's rule: 3; more for few examples, fewer for very many
+        epochs = min(max(3, 100 // report["examples"]), max(1, 25_000 // report["examples"]))
     price, cost, words = PRICES.get(order["model"]), None, "not known"
     if price is not None:
         cost = report["tokens"] * epochs * price / 1e6  # every pass over the data is paid for
@@ -158,10 +155,8 @@ def wait_until_processed(client: openai.OpenAI, file_id: str) -> None:
 
 def create_job(client: openai.OpenAI, order: dict):
     """Write the order down, send it once, record the job that it makes, and return that.
-
     One job, never two: a job costs money, and a request whose answer is lost may have been carried
-    out all the same. A run that finds an order on disk looks for its job: unanswered_job().
-    """
+    out all the same. A run that finds an order on disk looks for its job: unanswered_job()."""
     order["sent_at"] = time.time()
     try:
         with ORDER.open("x", encoding="utf-8") as file:  # x: of two runs, one can do it
@@ -178,7 +173,7 @@ def create_job(client: openai.OpenAI, order: dict):
         job = once.fine_tuning.jobs.create(**request, extra_body=order["extra"])
     except openai.APIStatusError as error:
         if error.status_code < 500 and error.status_code not in (408, 409, 429):
-            ORDER.unlink()  # refused, so nothing was made
+            ORDER.unlink()  # it was refused; after any other error a job may have been made
         raise
     write_record(job.id, order)
     return job
@@ -189,19 +184,21 @@ def unanswered_job(client: openai.OpenAI, wanted: dict):
     while ORDER.exists():
         order = json.loads(ORDER.read_text("utf-8") or "{}")
         wait = order.get("sent_at", 0) + ORDER_WAIT - time.time()
-        ours = all(order.get(name) == wanted[name] for name in ("fingerprint", "force"))
-        print(f"{ORDER} has had no answer; looking for its job on the server.")
+        is_wanted = all(order.get(name) == wanted[name] for name in ("fingerprint", "force"))
+        if order.get("server", wanted["server"]) != wanted["server"]:
+            sys.exit(f"{ORDER} was sent to {order['server']}: name that server, or delete it.")
         for job in client.fine_tuning.jobs.list(limit=100).data:  # the newest first
             if job.training_file == order.get("training_file"):
                 write_record(job.id, order)
-                return job if ours else None
+                print(f"{ORDER} has had no answer, but its job is there: {job.id}.")
+                return job if is_wanted else None
         if wait > 0:
-            print(f"  There is none. It may still come for {wait:.0f} s; waiting.")
+            print(f"{ORDER} has had no answer. Its job may still come for {wait:.0f} s; waiting.")
             time.sleep(min(wait, 5))
         else:
             ORDER.unlink()
-            if ours:
-                print("  There is none, so the order did not arrive. Sending it again.")
+            if is_wanted:
+                print(f"{ORDER} did not arrive: the server has no job of it. Sending it again.")
                 return create_job(client, order)
 
 
@@ -213,8 +210,9 @@ def recorded_job(client: openai.OpenAI, order: dict):
     try:
         job = client.fine_tuning.jobs.retrieve(latest["job_id"])
         if job.fine_tuned_model:
-            client.models.retrieve(job.fine_tuned_model)
+            client.models.retrieve(job.fine_tuned_model)  # NotFoundError: deleted
         if str(job.status).lower().replace(" ", "_") not in DEAD:
+            print("This job exists already: same bytes, options, server. (--force orders another.)")
             return job
         print(f"Job {job.id} is {job.status}; ordering another.")
     except openai.NotFoundError:
@@ -228,9 +226,9 @@ def write_record(job_id: str, order: dict) -> None:
         Path("fine_tune_jobs").mkdir(exist_ok=True)
         RECORD.replace(Path("fine_tune_jobs") / f"{earlier['job_id']}.json")
     job = {"job_id": job_id, "fine_tuned_model": None, **order, "created_at": time.time()}
-    half = RECORD.with_suffix(".tmp")  # so that a run that is killed here leaves no half record
-    half.write_text(json.dumps(job, indent=2), encoding="utf-8")
-    half.replace(RECORD)
+    new = RECORD.with_suffix(".tmp")  # so that a run that is killed here leaves no half record
+    new.write_text(json.dumps(job, indent=2), encoding="utf-8")
+    new.replace(RECORD)
     ORDER.unlink(missing_ok=True)
 
 
@@ -268,8 +266,9 @@ def main(argv: list[str] | None = None) -> None:
         print("\nNext: python check_fine_tune_status.py --wait")
     except OSError as error:
         sys.exit(f"{error}. (Step 1 makes training files: python prepare_training_data.py)")
-    # In an answer's place: an error; no JSON; a web page, which the SDK returns as a str.
     except (openai.APIError, json.JSONDecodeError, AttributeError) as error:
+        if isinstance(error, AttributeError) and "'str' object" not in str(error):
+            raise  # a slip in this script; a str is what the SDK makes of a web page
         sys.exit(f"{explain(error)}\nThe same command again goes on from here: one job, never two.")
     except KeyboardInterrupt:
         print("\nInterrupted. The same command again goes on from here.", file=sys.stderr)

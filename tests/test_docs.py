@@ -28,7 +28,7 @@ DOCS = sorted(
 )
 TEXTS = {path.relative_to(ROOT).as_posix(): path.read_text("utf-8") for path in DOCS}
 README = TEXTS["README.md"]
-NO_KINDS = {"-o", "input", "instruction", "name", "prompt", "question", "system", "text", "true", "messages"}
+NO_KINDS = {"user", "-o", "input", "instruction", "name", "prompt", "question", "system", "text", "true", "messages"}
 TECHFLOW = ROOT / "examples" / "techflow_support"
 
 
@@ -265,7 +265,7 @@ def test_the_report_is_made_of_the_kept_results(tmp_path):
 
 
 def test_costs_are_computed_from_the_script_s_prices():
-    billed = int(re.search(r"^Tokens +([\d,]+)", README, re.MULTILINE)[1].replace(",", "")) * 3
+    billed = int(re.search(r"^Examples +204, of ([\d,]+) tokens", README, re.MULTILINE)[1].replace(",", "")) * 3
     costs = TEXTS["docs/providers.md"]
     costs = costs[costs.index("## What it costs") :]
     assert f"{billed:,} tokens" in costs and "2026-07" in costs

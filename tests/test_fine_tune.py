@@ -48,7 +48,7 @@ def write_report(**fields) -> None:
     """What step 1 leaves beside the training file."""
     report = {
         "sha256": sha256(Path("training_data.jsonl").read_bytes()).hexdigest(),
-        **{"examples": 60, "tokens": 400_000, "counted": "exact", "warnings": 0, "system_prompt": "You are helpful."},
+        **{"examples": 60, "tokens": 400_000, "counted": "exact", "system_prompt": "You are helpful."},
     }
     Path("training_data.report.json").write_text(json.dumps({**report, **fields}), encoding="utf-8")
 
@@ -95,7 +95,7 @@ def test_transcript_and_record(api, capsys):
     write_report()
     assert run("--max-cost", "7") == 0
     assert capsys.readouterr().out == (
-        f"Data:  60 examples, 400,000 tokens (exact), warnings: 0\n"
+        f"Data:  60 examples, 400,000 tokens (exact)\n"
         f"Cost:  about $6.00, at OpenAI's prices, for 3 epochs of {MODEL}\n" + TRANSCRIPT
     )
     expected = {"job_id": "ftjob-0002", "training_file": "file-0001", "training_file_path": "training_data.jsonl"}
@@ -115,7 +115,7 @@ def test_options_reach_the_request(api):
     sent = next(request.body for request in api.requests if request.name == "POST /fine_tuning/jobs")
     assert sent["validation_file"] == "file-0002" and sent["suffix"] == "bot" and sent["seed"] == 7
     assert sent["hyperparameters"] == {"n_epochs": 2, "batch_size": 4} and sent["trainingType"] == "GlobalStandard"
-    assert record()["validation_file"] == "file-0002"
+    assert record()["validation_file"] == "file-0002" and record()["validation_file_path"] == "validation_data.jsonl"
 
 
 def test_the_same_command_again_reports_the_job(api, capsys):
@@ -269,7 +269,7 @@ def test_a_lost_order_is_found_again(api, capsys):
     assert run() == 1
     assert "one job, never two" in capsys.readouterr().err
     assert run() == 0
-    assert "looking for its job" in capsys.readouterr().out
+    assert "its job is there" in capsys.readouterr().out
     assert_one_job(api)
     assert api.calls("POST /fine_tuning/jobs") == 1
 
@@ -279,7 +279,7 @@ def test_an_order_that_did_not_arrive_is_sent_again_when_its_time_has_passed(api
     assert run() == 1
     assert run() == 0
     out = capsys.readouterr().out
-    assert "It may still come" in out and "Sending it again" in out
+    assert "may still come" in out and "Sending it again" in out
     assert_one_job(api)
     assert len(api.files) == 1, "the same order, so the same file"
 
@@ -289,6 +289,20 @@ def test_a_lost_order_is_settled_before_another_is_made(api):
     assert run() == 1
     assert run("--suffix", "other") == 0
     assert len(api.jobs) == 2 and len(list(Path("fine_tune_jobs").iterdir())) == 1
+
+
+def test_a_lost_order_is_not_given_up_at_another_server(api, capsys, monkeypatch):
+    api.fault("POST /fine_tuning/jobs", "500 after")
+    assert run() == 1
+    order = Path("fine_tune_order.json").read_text("utf-8")
+    with FakeAPI() as other:
+        monkeypatch.setenv("OPENAI_BASE_URL", other.base_url)
+        assert run() == 1
+    assert f"fine_tune_order.json was sent to {api.base_url}" in capsys.readouterr().err
+    assert Path("fine_tune_order.json").read_text("utf-8") == order
+    monkeypatch.setenv("OPENAI_BASE_URL", api.base_url)
+    assert run() == 0
+    assert_one_job(api)
 
 
 def test_a_lost_forced_order_is_not_forced_twice(api):
@@ -413,6 +427,12 @@ def test_sentences(api, capsys, match, kind, how, words):
     assert run() == 1
     error = capsys.readouterr().err
     assert words in error and re.search(r"http://127\.0\.0\.1:\d+/v1 answered", error)
+
+
+def test_a_slip_in_an_edited_script_is_not_blamed_on_the_server(api, monkeypatch):
+    monkeypatch.setattr(fine_tune, "wait_until_processed", lambda client, file_id: client.filez.retrieve(file_id))
+    with pytest.raises(AttributeError, match="filez"):
+        run()
 
 
 def test_no_server_there(api, monkeypatch, capsys):
