@@ -1,7 +1,7 @@
 """Step 4: ask the fine-tuned model a question, or chat with it.
 
 Needs   the server that .env names, and a model there: by default that of fine_tune_job.json.
-Leaves  nothing on disk. The answer goes to stdout, everything else to stderr.
+Leaves  nothing on disk. Answers go to stdout, what is said of them to stderr.
 Omits   tools, images, saved conversations.
 
     python use_fine_tuned_model.py "How do I reset my password?"
@@ -25,7 +25,7 @@ except KeyboardInterrupt:  # the imports take half a second
     raise SystemExit(130) from None
 
 SAMPLING = {"temperature": 0.0, "max_tokens": 400}  # as in step 5; 0.0: always the likeliest word
-ENDINGS = {  # of finish_reason: "stop" says that the answer is whole, and the others:
+ENDINGS = {  # by finish_reason, but for "stop": the answer is whole
     "length": "The answer is cut off: it is as long as max_tokens allows (see SAMPLING).",
     "content_filter": "The server's content filter stopped the answer here.",
     None: "The server did not say why the answer ended; it may be incomplete.",
@@ -90,14 +90,14 @@ def ask(client, model, system, question, history=(), show=True) -> str:
 
 
 def chat(client, model, system) -> None:
-    """Talk until Ctrl-D. A question that the server does not answer ends nothing."""
+    """Talk until Ctrl-D. If the server gives no answer, the chat goes on."""
     history: list[dict] = []
     while True:
         try:
             question = input("\nYou (Ctrl-D leaves): ")
             answer = ask(client, model, system, question, history)
-            history += [{"role": "user", "content": question}]
-            history += [{"role": "assistant", "content": answer}]
+            history.append({"role": "user", "content": question})
+            history.append({"role": "assistant", "content": answer})
         except openai.APIError as error:
             print(explain(error), file=sys.stderr)
         except EOFError:  # Ctrl-D; on Windows Ctrl-Z and Enter
@@ -143,7 +143,7 @@ def get_model_id(job_id: str) -> str:
 
 
 def list_models() -> list[str]:
-    """Return the names of the models that the server can ask."""
+    """Return the names of the models that one can ask there."""
     return [model.id for model in connect().models.list()]
 
 
@@ -152,8 +152,8 @@ def use(args: argparse.Namespace) -> None:
         return print(*list_models(), sep="\n")
     # A model is ft:..., ftjob-..., or any name that stands before a question in quotes.
     words, name = args.words, None
-    if " ".join(words).startswith(("ft:", "ftjob-")) or (len(words) == 2 and " " in words[1]):
-        name = words.pop(0) or None
+    if (words and words[0].startswith(("ft:", "ftjob-"))) or (len(words) == 2 and " " in words[1]):
+        name = words.pop(0)
     if len(words) > 1 or (args.compare and not words):
         sys.exit('Put the question in quotes: python use_fine_tuned_model.py "I have a question."')
     model, record = find_model(name)
@@ -162,7 +162,7 @@ def use(args: argparse.Namespace) -> None:
     source = "--system" if args.system else "that of the training data"
     if not system:
         source = "none recorded for this model (--system TEXT sends one)"
-    origin = "" if name == model else f" (made by {name or 'the job in fine_tune_job.json'})"
+    origin = f" (made by {name or 'the job in fine_tune_job.json'})" if name != model else ""
     print(f"Model: {model}{origin}\nSystem prompt: {source}\n", file=sys.stderr)
     if not words:
         return chat(connect(), model, system)
@@ -176,7 +176,7 @@ def use(args: argparse.Namespace) -> None:
 
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description="Step 4: ask the fine-tuned model, or chat.")
-    parser.add_argument("words", nargs="*", metavar="MODEL, QUESTION", help="or one, or none")
+    parser.add_argument("words", nargs="*", metavar="MODEL, QUESTION", help="none: a chat")
     parser.add_argument("--system", metavar="TEXT", help="default: that of the training data")
     parser.add_argument("--compare", action="store_true", help="ask the base model, too")
     parser.add_argument("--list-models", action="store_true", help="name all models, and stop")
@@ -187,8 +187,9 @@ def main(argv: list[str] | None = None) -> None:
     args = build_parser().parse_intermixed_args(argv)
     try:
         use(args)
-    # In an answer's place: an error; no JSON; a web page, which the SDK returns as a str.
     except (openai.APIError, json.JSONDecodeError, AttributeError) as error:
+        if isinstance(error, AttributeError) and "'str' object" not in str(error):
+            raise  # a slip in this script; a str is what the SDK makes of a web page
         sys.exit(explain(error))
     except KeyboardInterrupt:
         print("\nInterrupted. The model is still there: ask again.", file=sys.stderr)

@@ -248,6 +248,17 @@ def test_a_server_that_is_lost_and_comes_back(api, fast, capsys):
     assert out.count("Created fine-tuning job") == 1 and "succeeded" in out
 
 
+def test_a_server_without_events_may_be_lost_for_a_while_too(api, fast, capsys):
+    api.job_plan = ["running"] * 3 + ["succeeded"]
+    job = api.add_job()
+    api.fault("GET /fine_tuning/jobs/ftjob-0001/events", "404", times=99)
+    for number in (2, 3, 4):  # the second look at the job, three times over
+        api.fault(number, "drop before")
+    script.main(["--wait", job["id"]])
+    out = capsys.readouterr().out
+    assert out.count("Asking again") == 1 and "succeeded" in out
+
+
 def test_a_server_that_stays_away_ends_the_wait(api, fast, monkeypatch, capsys):
     monkeypatch.setattr(script, "RETRIES", 1)
     api.job_plan = ["running"]
