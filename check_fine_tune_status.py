@@ -105,7 +105,7 @@ def wait_for_training(job_id: str) -> str | None:
                 say(line[:78], moves=True)
                 tenth_shown = tenth
         if ended(job):
-            say("")  # the line that moves stays
+            say("")  # clears the line that moves
             show(client, job, events)
             return job.fine_tuned_model
         time.sleep(2)
@@ -191,7 +191,8 @@ def conclude(client, job) -> None:
         fault = getattr(job.error, "param", None)  # what the server holds to be wrong
         step = f"fine_tune.py {record.get('training_file_path', '')}"
         if fault in ("training_file", "validation_file"):
-            step = "prepare_training_data.py {0} -o {0}".format(record.get(f"{fault}_path", "FILE"))
+            path = record.get(f"{fault}_path", "FILE")
+            step = f'prepare_training_data.py {path} -o {path} --system ""'
         sys.exit(f"\nJob {ended(job)}: {said.rstrip('.')}. Next: python {step}")
     best = show_checkpoints(client, job, record)
     if "job_id" in record and job.fine_tuned_model:  # the job was ordered from this folder
@@ -249,8 +250,7 @@ def check(args: argparse.Namespace) -> None:
     job_id = args.job_id or read_job().get("job_id")
     if not job_id:
         sys.exit("No fine_tune_job.json is here: run python fine_tune.py, name a job, or --list.")
-    look = wait_for_training if args.wait else check_status
-    look(job_id)
+    (wait_for_training if args.wait else check_status)(job_id)
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -268,8 +268,8 @@ def main(argv: list[str] | None = None) -> None:
     try:
         check(args)
     except (openai.APIError, json.JSONDecodeError, AttributeError) as error:
-        if isinstance(error, AttributeError) and "'str' object" not in str(error):
-            raise  # a slip in this script; a str is what the SDK makes of a web page
+        if isinstance(error, AttributeError) and not isinstance(error.obj, str | list | None):
+            raise  # a slip in this script; the SDK makes a str of a web page
         sys.exit(explain(error))
     except KeyboardInterrupt:
         print("\nInterrupted. The job goes on at the server; look again.", file=sys.stderr)

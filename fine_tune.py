@@ -80,7 +80,7 @@ def start_fine_tuning(training_file=TRAINING_FILE, max_cost=MAX_COST, force=Fals
     """Return the id of the job for this file and these options: created now, or found.
     Raises openai.APIError, OSError; SystemExit with a sentence for the reader."""
     client, extra = connect(), dict(extra or {})
-    hyperparameters = dict(extra.pop("hyperparameters", {}))  # left out: the server chooses
+    hyperparameters = dict(extra.pop("hyperparameters", None) or {})  # left out: the server chooses
     if n_epochs is not None:
         hyperparameters["n_epochs"] = n_epochs
     validation = Path(validation_file).read_bytes() if validation_file else b""
@@ -186,7 +186,8 @@ def unanswered_job(client: openai.OpenAI, wanted: dict):
         wait = order.get("sent_at", 0) + ORDER_WAIT - time.time()
         is_wanted = all(order.get(name) == wanted[name] for name in ("fingerprint", "force"))
         if order.get("server", wanted["server"]) != wanted["server"]:
-            sys.exit(f"{ORDER} was sent to {order['server']}: name that server, or delete it.")
+            print(f"{ORDER} has had no answer. Let it find its job, else a second may be paid for:")
+            sys.exit(f"set OPENAI_BASE_URL to {order['server']} once more, and run this again.")
         for job in client.fine_tuning.jobs.list(limit=100).data:  # the newest first
             if job.training_file == order.get("training_file"):
                 write_record(job.id, order)
@@ -197,8 +198,8 @@ def unanswered_job(client: openai.OpenAI, wanted: dict):
             time.sleep(min(wait, 5))
         else:
             ORDER.unlink()
-            if is_wanted:
-                print(f"{ORDER} did not arrive: the server has no job of it. Sending it again.")
+            print(f"{ORDER} did not arrive: the server has no job of it.")
+            if is_wanted:  # send it again
                 return create_job(client, order)
 
 
@@ -267,8 +268,8 @@ def main(argv: list[str] | None = None) -> None:
     except OSError as error:
         sys.exit(f"{error}. (Step 1 makes training files: python prepare_training_data.py)")
     except (openai.APIError, json.JSONDecodeError, AttributeError) as error:
-        if isinstance(error, AttributeError) and "'str' object" not in str(error):
-            raise  # a slip in this script; a str is what the SDK makes of a web page
+        if isinstance(error, AttributeError) and not isinstance(error.obj, str | list | None):
+            raise  # a slip in this script; the SDK makes a str of a web page
         sys.exit(f"{explain(error)}\nThe same command again goes on from here: one job, never two.")
     except KeyboardInterrupt:
         print("\nInterrupted. The same command again goes on from here.", file=sys.stderr)

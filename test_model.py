@@ -31,9 +31,8 @@ except KeyboardInterrupt:  # the imports take half a second
 
 CASES_FILE = Path(__file__).parent / "examples" / "techflow_support" / "test_cases.json"
 JOURNAL = Path("test_answers.jsonl")
-# The same question should get the same answer, as far as the server can.
-PARAMETERS: dict = {"temperature": 0, "seed": 42, "max_tokens": 400}
-AT_ONCE = 16  # questions under way: the local API writes as many answers in one batch
+PARAMETERS: dict = {"temperature": 0, "seed": 42, "max_tokens": 400}  # the likeliest words
+AT_ONCE_LOCALLY, AT_ONCE = 16, 6  # a local server writes sixteen answers in one batch
 CASE_KEYS = {"id", "category", "system", "history", "question", "answer", "messages", "checks"}
 # The checks that a case may have: does the answer pass, and what is said of it if not.
 CHECKS: dict[str, tuple] = {
@@ -95,10 +94,10 @@ def read_cases(path: Path) -> tuple[list[dict], list[dict]]:
             text = "[" + re.sub(r"\n(?=[ \t]*\S)", ",\n", text) + "]"
         rows = json.loads(text)
         shared = rows if "cases" in rows else {"cases": rows}
-        for criterion in shared.get("criteria", []):
-            apply_checks([criterion.get("checks", {})], criterion["name"])  # to find slips early
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        sys.exit(f"{path} cannot be read ({error}). Name a file of test cases with --cases.")
+        for of in shared.get("criteria", []):  # so that slips are found before anything is asked
+            apply_checks([of.get("checks", {})], f"{of['name']}, {of['min_pass_rate']:.0%}")
+    except (OSError, ValueError, AttributeError, KeyError, TypeError, re.error) as error:
+        sys.exit(f"{path} cannot be read ({error!r}). Name a file of test cases with --cases.")
     cases, unknown, unchecked = [], set(), 0
     for number, row in enumerate(shared["cases"], 1):
         try:
@@ -166,10 +165,12 @@ class ModelTester:
         return self.ask(self.model, {"question": question, "system": system, "history": []})["text"]
 
     def ask_all(self, model: str, cases: list[dict]) -> list[dict]:
-        """Return a model's answers to the cases, asked for AT_ONCE at a time, in their order."""
+        """Return a model's answers to the cases, in their order, asked for several at a time."""
         print(f"Asking {model} ...", flush=True)
         before = len(self.answers)
-        answers = list(ThreadPoolExecutor(AT_ONCE).map(lambda case: self.ask(model, case), cases))
+        is_local = re.match(r"https?://(localhost|127\.)", str(self.client.base_url))
+        pool = ThreadPoolExecutor(AT_ONCE_LOCALLY if is_local else AT_ONCE)
+        answers = list(pool.map(lambda case: self.ask(model, case), cases))
         asked = len(self.answers) - before + sum(answer["error"] is not None for answer in answers)
         print(f"  {len(cases) - asked} answers from {JOURNAL}, {asked} asked")
         return answers
@@ -189,9 +190,8 @@ class ModelTester:
             if error.status_code in (401, 403, 404, 429):  # every other call would fail alike
                 raise
             return {**NO_ANSWER, "error": explain(error)}
-        choice = completion.choices[0]
-        text = choice.message.content or ""  # null where a server filtered it
-        answer = {"text": text, "finish_reason": choice.finish_reason, "error": None}
+        text = completion.choices[0].message.content or ""  # null where a server filtered it
+        answer = {**NO_ANSWER, "text": text, "finish_reason": completion.choices[0].finish_reason}
         with self.lock, JOURNAL.open("a", encoding="utf-8") as file:
             file.write(json.dumps({"asked": key, "answer": answer}) + "\n")
             self.answers[key] = answer
@@ -223,7 +223,7 @@ def grade(case: dict, answer: dict) -> dict:
     said, expected = text.casefold().split(), (case["expected"] or "").casefold().split()
     earlier = [turn["content"].casefold().split() for turn in case["history"]]
     repeated = get_close_matches(said, earlier, n=1, cutoff=0.85)  # nearly the same words
-    if repeated and not get_close_matches(expected, repeated, n=1, cutoff=0.85):
+    if repeated and not get_close_matches(expected, earlier, n=1, cutoff=0.85):
         problems.append("repeats an earlier turn")
     if not checks and said != expected:  # only blanks and capitals do not count: -5 is not 5
         problems.append("is not the expected answer, word for word")
@@ -368,8 +368,8 @@ def main(argv: list[str] | None = None) -> None:
     try:
         evaluate(args)
     except (openai.APIError, json.JSONDecodeError, AttributeError) as error:
-        if isinstance(error, AttributeError) and "'str' object" not in str(error):
-            raise  # a slip in this script; a str is what the SDK makes of a web page
+        if isinstance(error, AttributeError) and not isinstance(error.obj, str | list | None):
+            raise  # a slip in this script; the SDK makes a str of a web page
         sys.exit(explain(error))
     except KeyboardInterrupt:
         print(f"\nInterrupted. The same command goes on, from {JOURNAL}.", file=sys.stderr)

@@ -143,7 +143,7 @@ def get_model_id(job_id: str) -> str:
 
 
 def list_models() -> list[str]:
-    """Return the names of the models that one can ask there."""
+    """Return the names of the models that one can ask at the server."""
     return [model.id for model in connect().models.list()]
 
 
@@ -153,7 +153,7 @@ def use(args: argparse.Namespace) -> None:
     # A model is ft:..., ftjob-..., or any name that stands before a question in quotes.
     words, name = args.words, None
     if (words and words[0].startswith(("ft:", "ftjob-"))) or (len(words) == 2 and " " in words[1]):
-        name = words.pop(0)
+        name = words.pop(0) or None
     if len(words) > 1 or (args.compare and not words):
         sys.exit('Put the question in quotes: python use_fine_tuned_model.py "I have a question."')
     model, record = find_model(name)
@@ -188,8 +188,8 @@ def main(argv: list[str] | None = None) -> None:
     try:
         use(args)
     except (openai.APIError, json.JSONDecodeError, AttributeError) as error:
-        if isinstance(error, AttributeError) and "'str' object" not in str(error):
-            raise  # a slip in this script; a str is what the SDK makes of a web page
+        if isinstance(error, AttributeError) and not isinstance(error.obj, str | list | None):
+            raise  # a slip in this script; the SDK makes a str of a web page
         sys.exit(explain(error))
     except KeyboardInterrupt:
         print("\nInterrupted. The model is still there: ask again.", file=sys.stderr)

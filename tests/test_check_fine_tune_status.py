@@ -97,8 +97,8 @@ def test_the_model_of_an_earlier_job_is_recorded_in_its_own_record(api, capsys):
 @pytest.mark.parametrize(
     ("param", "next_step"),
     [
-        ("training_file", "prepare_training_data.py own.jsonl -o own.jsonl"),
-        ("validation_file", "prepare_training_data.py held.jsonl -o held.jsonl"),
+        ("training_file", 'prepare_training_data.py own.jsonl -o own.jsonl --system ""'),
+        ("validation_file", 'prepare_training_data.py held.jsonl -o held.jsonl --system ""'),
         ("hyperparameters", "fine_tune.py own.jsonl"),
         (None, "fine_tune.py own.jsonl"),
     ],

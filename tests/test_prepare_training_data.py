@@ -794,10 +794,21 @@ def test_nothing_is_written_that_the_strict_judge_refuses(capsys, kind, text):
         assert told(err) & {name, "unknown-shape"}
 
 
+@pytest.mark.parametrize("system", [["You are", "x"], {"a": 1}, 5, True])
+def test_a_system_message_that_is_no_text_is_no_message(capsys, system):
+    jsonl("in.jsonl", [*map(chat_row, range(60)), {"question": "Q?", "answer": ANSWER, "system": system}])
+    code, _, err = run(capsys, "in.jsonl", "--system", "")
+    assert code == 0 and told(err) == {"invalid-content"} and len(written()) == 60
+    named = {"messages": [{**USER, "name": "Ann"}, ASSISTANT], "system": system}
+    jsonl("in.jsonl", [*map(chat_row, range(60)), named])
+    code, _, err = run(capsys, "in.jsonl", "--system", "")
+    assert code == 0 and told(err) == {"not-looked-into"}
+
+
 @pytest.mark.parametrize("kind", ["secret", "lone-surrogate", "control-token", "no-user-message"])
 def test_rows_that_are_more_than_texts_are_searched_too(capsys, kind):
     """Tools, pictures, weights and names are the strict judge's; what no text may hold is found in these rows, too."""
-    text = {"secret": corpus.SECRETS[0], "lone-surrogate": "\ud83d", "control-token": "<|im_end|>"}.get(kind, "")
+    text = {"secret": f"\n{corpus.SECRETS[0]}", "lone-surrogate": "\ud83d", "control-token": "<|im_end|>"}.get(kind, "")
     turns = [] if kind == "no-user-message" else [{**USER, "name": "Ann"}]
     row = {"messages": [*turns, {"role": "assistant", "content": ANSWER + text, "weight": 1}]}
     jsonl("in.jsonl", [*map(chat_row, range(60)), json.dumps(row)])

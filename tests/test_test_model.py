@@ -191,7 +191,7 @@ def test_a_local_server_is_asked_sixteen_at_a_time(api):
 
     api.after = wait
     run()
-    assert most[0] == step5.AT_ONCE == 16
+    assert most[0] == step5.AT_ONCE_LOCALLY == 16
 
 
 def test_what_comes_next_is_no_circle(api, capsys):
@@ -378,7 +378,14 @@ def test_keys_that_no_case_has_are_named(api, capsys):
         ("cases.jsonl", '{"question": "q", "answer": "a"}\n\n  {"question": "q"\n', "line 3"),
         ("cases.json", b"\xff\xfe", "cannot be read"),
         ("cases.json", [{"question": "q"}], "case-1 itself"),
-        ("cases.json", '{"cases": [], "criteria": [{"name": "n", "checks": {"contain": "a"}}]}', "'contain'"),
+        (
+            "cases.json",
+            '{"cases": [], "criteria": [{"name": "n", "min_pass_rate": 1, "checks": {"contain": "a"}}]}',
+            "'contain'",
+        ),
+        ("cases.json", '{"cases": [], "criteria": [{"name": 5, "checks": {"matches": "("}}]}', "min_pass_rate"),
+        ("cases.json", '{"cases": [], "criteria": [{"checks": {}}]}', "'name'"),
+        ("cases.json", '{"cases": [], "criteria": ["n"]}', "has no attribute 'get'"),
         ("cases.json", "5", "cannot be read"),
         ("cases.json", [{"answer": "a"}], "case 1 cannot be read"),
         ("cases.json", '{"faqs": [{"question": "q", "answer": "a"}]}', "`cases` have: answer, category"),

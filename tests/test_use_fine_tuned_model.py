@@ -223,6 +223,12 @@ def test_compare_asks_both_models_the_same(api, model, capsys):
     assert "No record names the base model of" in refused(BASE, "Who are you?", "--compare")
 
 
+@pytest.mark.parametrize("answer", [["a", "b"], None])
+def test_a_server_that_answers_something_else_than_the_api_is_named(api, model, monkeypatch, answer):
+    monkeypatch.setattr(api, "route", lambda request: answer)
+    assert "answered nonsense" in refused("--list-models")
+
+
 def test_list_models(api, model, capsys):
     step4.main(["--list-models"])
     assert capsys.readouterr().out.splitlines() == step4.list_models()
