@@ -199,7 +199,6 @@ FORBIDDEN = [
     ("control-token", [r"<\|((start|end)of|fim_|im_)\w+\|>"], "the API rejects <|...|>: cut it"),
     ("secret", SECRETS, "there is a key: cut and revoke it"),
     ("blank-run", [r"\s{100000}"], "100,000 blanks: cut them out"),
-    ("lone-surrogate", [r"[\ud800-\udfff]"], "a cut-off emoji: mend it"),
 ]
 
 
@@ -227,6 +226,8 @@ def judge(row: Row) -> None:
     for kind, patterns, cure in FORBIDDEN:
         if any(re.search(pattern, text) for pattern in patterns):
             return row.fault(kind, cure)
+    if not text.isascii() and re.search(r"[\ud800-\udfff]", text):
+        return row.fault("lone-surrogate", "there is half an emoji: mend it")
     row.prompt = hash("\n".join(row.texts[:-1]).strip().lower())  # with the system message
     row.answer = row.texts[-1].strip().lower()
 
@@ -307,9 +308,8 @@ class TrainingDataPreparator:
             print(f"Left out         {name or 'a column without a name'} ({count:,} rows)")
         systems = Counter(row.system for row in training)
         for system, count in systems.most_common(3):
-            whose = " ".join(system[:60].split()) or "none"
-            if TECHFLOW in system:
-                whose = 'TechFlow\'s, of this tutorial (--system "..." for yours)'
+            tutorials = 'TechFlow\'s, of this tutorial (--system "..." for yours)'
+            whose = tutorials if TECHFLOW in system else " ".join(system[:60].split()) or "none"
             print(f"System prompt    {whose} ({count:,} rows)")
         tokens = sum(row.tokens for row in training)
         print(f"Examples         {len(training):,}, of {tokens:,} tokens ({self.counted})")
