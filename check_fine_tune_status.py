@@ -48,7 +48,7 @@ def explain(error: Exception) -> str:
     host, key = os.environ.get("OPENAI_BASE_URL") or "OpenAI", os.environ.get("OPENAI_API_KEY", "")
     if isinstance(error, openai.APIConnectionError):
         return f"No answer from {host}. Is it running? (Local API: python -m local_api)"
-    said, code = str(error), getattr(error, "status_code", "nonsense")
+    said, code = str(error), getattr(error, "status_code", "nonsense, or a file here is broken")
     if isinstance(body := getattr(error, "body", None), dict):
         said = str(body.get("message") or said)
     said = said.replace(key, "[key]") if len(key) > 8 else said  # "local" is no secret
@@ -70,7 +70,7 @@ def read_job(name: str | None = None) -> dict:
 
 
 def check_status(job_id: str) -> str:
-    """Show what is known of a job and return its status; SystemExit if it has failed."""
+    """Show what is known of a job and return its status; SystemExit if it ended without a model."""
     client = connect()
     job = client.fine_tuning.jobs.retrieve(job_id)
     show(client, job, new_events(client, job_id, []))
@@ -118,7 +118,7 @@ def say(line: str, moves: bool = False) -> None:
 
 
 def new_events(client, job_id: str, events: list) -> list:
-    """Fetch the events that `events` has not, add them to it, and return them, oldest first."""
+    """Fetch the events that `events` does not hold, add them to it, and return them in order."""
     seen = {event.id for event in events}
     fresh: list = []
     try:
@@ -160,7 +160,7 @@ def show(client, job, events: list) -> None:
 
 
 def curve(steps: list[dict], *names: str) -> list[float]:
-    """Return the first of these figures that there is, at all steps that have it."""
+    """Return the values, step by step, of the first of these figures that there is."""
     for name in names:
         numbers = [float(step[name]) for step in steps if step.get(name) is not None]
         # A missing value is null (None), NaN or, on Azure, -1.
@@ -181,7 +181,7 @@ def sparkline(values: list[float]) -> str:
 
 
 def conclude(client, job) -> None:
-    """Record the model and print the next command; SystemExit if the job has made none."""
+    """Record the model and print the next command; SystemExit if the job ended without."""
     record, is_latest = read_job(job.id), read_job().get("job_id") == job.id
     named = "" if is_latest else f" {job.id}"  # steps 3 to 5 take the latest job by themselves
     if not ended(job):
@@ -205,7 +205,7 @@ def conclude(client, job) -> None:
 
 
 def show_checkpoints(client, job, record: dict) -> str:
-    """Print and note the model after each epoch; return " MODEL" if the last is over-fitted."""
+    """Print and note the model after each epoch; return " BEST" if the last is over-fitted."""
     try:
         checkpoints = client.fine_tuning.jobs.checkpoints.list(job.id, limit=50).data
     except openai.NotFoundError:  # a server without checkpoints
@@ -269,10 +269,10 @@ def main(argv: list[str] | None = None) -> None:
         check(args)
     except (openai.APIError, json.JSONDecodeError, AttributeError) as error:
         if isinstance(error, AttributeError) and not isinstance(error.obj, str | list | None):
-            raise  # a slip in this script; the SDK makes a str of a web page
+            raise  # a slip in this script; only a server's nonsense gives a str, list or None
         sys.exit(explain(error))
     except KeyboardInterrupt:
-        print("\nInterrupted. The job goes on at the server; look again.", file=sys.stderr)
+        print("\nInterrupted here, not at the server; look again.", file=sys.stderr)
         sys.exit(130)
 
 

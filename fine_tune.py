@@ -27,14 +27,14 @@ except KeyboardInterrupt:  # the imports take half a second
     raise SystemExit(130) from None
 
 TRAINING_FILE = "training_data.jsonl"
-DEFAULT_MODEL = "gpt-4.1-mini-2025-04-14"  # OpenAI takes jobs until 2027-01-06
+DEFAULT_MODEL = "gpt-4.1-mini-2025-04-14"  # OpenAI takes jobs until 2027-01-06, none of newcomers
 MAX_COST = 5.00  # USD
-# Per 1M training tokens: https://developers.openai.com/api/docs/pricing (2026-07); the local API
+# USD per 1M training tokens: https://developers.openai.com/api/docs/pricing (2026-07); local: 0
 PRICES = {DEFAULT_MODEL: 5.00, "gpt-4.1-2025-04-14": 25.00, "gpt-4o-2024-08-06": 25.00}
 PRICES |= {"gpt-4o-mini-2024-07-18": 3.00, "smollm2-135m-instruct": 0.00}
 FILE_WAIT = 60  # seconds; some servers never call a file processed, and train on it all the same
-REQUEST_TIMEOUT, ORDER_WAIT = 60, 120  # seconds: for one request; until a lost one made no job
-DEAD = {"failed", "error", "user_error", "failed_validation"}  # on various servers, and:
+REQUEST_TIMEOUT, ORDER_WAIT = 60, 120  # seconds: for a request; for the job of a lost answer
+DEAD = {"failed", "error", "user_error", "failed_validation"}  # statuses without a model
 DEAD |= {"cancelled", "canceled", "terminated"}
 RECORD, ORDER = Path("fine_tune_job.json"), Path("fine_tune_order.json")  # ORDER: not answered yet
 
@@ -54,7 +54,7 @@ def explain(error: Exception) -> str:
     host, key = os.environ.get("OPENAI_BASE_URL") or "OpenAI", os.environ.get("OPENAI_API_KEY", "")
     if isinstance(error, openai.APIConnectionError):
         return f"No answer from {host}. Is it running? (Local API: python -m local_api)"
-    said, code = str(error), getattr(error, "status_code", "nonsense")
+    said, code = str(error), getattr(error, "status_code", "nonsense, or a file here is broken")
     if isinstance(body := getattr(error, "body", None), dict):
         said = str(body.get("message") or said)
     said = said.replace(key, "[key]") if len(key) > 8 else said  # "local" is no secret
@@ -126,7 +126,7 @@ def read_report(order: dict, max_cost: float) -> dict:
     report = json.loads(path.read_text("utf-8")) if path.exists() else {}
     if report.get("sha256") != order["sha256"]:  # not of these bytes
         step_1 = f'python prepare_training_data.py {training_file} -o {training_file} --system ""'
-        print(f"Data:  no report of step 1: cost and system prompt are unknown. Make it: {step_1}")
+        print(f"Data:  no report of step 1: cost, system prompt unknown. Ctrl-C, then: {step_1}")
         return {"system_prompt": None, "estimated_cost": None}
     counts = f"{report['examples']:,} examples, {report['tokens']:,} tokens ({report['counted']})"
     print(f"Data:  {counts}")
@@ -147,7 +147,7 @@ def wait_until_processed(client: openai.OpenAI, file_id: str) -> None:
     try:
         file = client.files.wait_for_processing(file_id, max_wait_seconds=FILE_WAIT)
     except RuntimeError:  # the SDK's word for: not within that time
-        return print(f"  After {FILE_WAIT} s the server has not said that it is; going on.")
+        return print(f"  After {FILE_WAIT} s the server has not called it processed; going on.")
     if file.status != "processed":
         sys.exit(f"The server found {file_id} unfit ({file.status}): {file.status_details}")
     print("✓ File processed successfully!")
@@ -159,7 +159,7 @@ def create_job(client: openai.OpenAI, order: dict):
     out all the same. A run that finds an order on disk looks for its job: unanswered_job()."""
     order["sent_at"] = time.time()
     try:
-        with ORDER.open("x", encoding="utf-8") as file:  # x: of two runs, one can do it
+        with ORDER.open("x", encoding="utf-8") as file:  # x: fails where one is already
             json.dump(order, file, indent=2)
     except FileExistsError:
         sys.exit(f"Another run is at work here ({ORDER}). Run this again to see its job.")
@@ -180,7 +180,7 @@ def create_job(client: openai.OpenAI, order: dict):
 
 
 def unanswered_job(client: openai.OpenAI, wanted: dict):
-    """Look on the server for the job of an order without an answer; None: none, or not this one."""
+    """Look on the server for the job of an order without an answer; None: none, or not `wanted`."""
     while ORDER.exists():
         order = json.loads(ORDER.read_text("utf-8") or "{}")
         wait = order.get("sent_at", 0) + ORDER_WAIT - time.time()
@@ -269,10 +269,10 @@ def main(argv: list[str] | None = None) -> None:
         sys.exit(f"{error}. (Step 1 makes training files: python prepare_training_data.py)")
     except (openai.APIError, json.JSONDecodeError, AttributeError) as error:
         if isinstance(error, AttributeError) and not isinstance(error.obj, str | list | None):
-            raise  # a slip in this script; the SDK makes a str of a web page
-        sys.exit(f"{explain(error)}\nThe same command again goes on from here: one job, never two.")
+            raise  # a slip in this script; only a server's nonsense gives a str, list or None
+        sys.exit(f"{explain(error)}\nThe same command again is safe: it makes one job, never two.")
     except KeyboardInterrupt:
-        print("\nInterrupted. The same command again goes on from here.", file=sys.stderr)
+        print("\nInterrupted. The same command again is safe: one job, never two.", file=sys.stderr)
         sys.exit(130)
 
 

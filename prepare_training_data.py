@@ -133,7 +133,7 @@ def to_example(row: Row, original, columns: dict[str, str], system: str) -> None
     if not isinstance(original, dict):
         return row.fault("not-an-object", 'a record is {"question": "...", "answer": "..."}')
     if any(original.pop(None, [])):  # so csv calls what a row has beyond its header
-        return row.fault("invalid-csv", "a field too many: put texts with the delimiter in quotes")
+        return row.fault("invalid-csv", "a field too many: quote a text that holds the delimiter")
     record = {}
     for name, value in original.items():
         plain = name.strip().lower()
@@ -144,7 +144,7 @@ def to_example(row: Row, original, columns: dict[str, str], system: str) -> None
     shape = next((shape for shape in SHAPES if record.keys() >= set(shape)), ())
     if not shape or len(record) < len(original):  # no names that we know, or one of them twice
         found = ", ".join(f"`{name}`" for name in original)[:80]
-        cure = "--columns question=NAME,answer=NAME, or another way in docs/your_data.md"
+        cure = "--columns question=NAME,answer=NAME, each once, or see docs/your_data.md"
         return row.fault("unknown-shape", f"found {found}: say which they are: {cure}")
     texts = [record.pop(name) for name in shape]  # a question and its answer; or messages alone
     if "instruction" in shape and record.get("input"):  # Alpaca: what the instruction is for
@@ -194,7 +194,7 @@ def to_message(row: Row, raw) -> dict:
 
 # --- Rules: what no text may hold, patterns that find it, the cure
 SECRETS = [r"sk-(?<!\wsk-)[\w-]{0,40}[^\W_]{20}", r"AKIA[A-Z\d]{16}", "PRIVATE KEY-"]
-SECRETS += [r"ghp_[^\W_]{22}", r"_pat_[^\W_]{22}", r"hf_[^\W_]{22}"]  # texts first: re is quick
+SECRETS += [r"ghp_[^\W_]{22}", r"_pat_[^\W_]{22}", r"hf_[^\W_]{22}"]  # fixed text first: faster
 FORBIDDEN = [
     ("control-token", [r"<\|((start|end)of|fim_|im_)\w+\|>"], "the API rejects <|...|>: cut it"),
     ("secret", SECRETS, "there is a key: cut and revoke it"),
@@ -203,7 +203,7 @@ FORBIDDEN = [
 
 
 def judge(row: Row) -> None:
-    """Tell the first fault that an example has by itself; fill in its texts, prompt and answer."""
+    """Find the first fault that an example has by itself; fill in texts, prompt and answer."""
     for message in row.example["messages"]:
         role, text = message.get("role"), message.get("content")
         if row.has_more:  # calls, pictures, weights: too much for this page
@@ -238,7 +238,7 @@ def judge_file(whole: Row, rows: list[Row]) -> None:
         whole.warn("few-examples", f"{len(rows)} examples: {ADVISED_EXAMPLES} or more are better")
     is_techflow = any("techflow" in row.answer for row in rows)
     if not is_techflow and any(TECHFLOW in row.system for row in rows):
-        whole.warn("tutorial-prompt", "it makes TechFlow's assistant: give your own, --system")
+        whole.warn("tutorial-prompt", "the system prompt is TechFlow's: give yours, --system")
     lost = Counter(name for row in rows for name, value in row.left_out.items() if value)
     for name in sorted(lost.keys() & CONTEXT.split()):
         what = f"`{name}` is not in the training data: {lost[name]:,} rows"
@@ -246,7 +246,7 @@ def judge_file(whole: Row, rows: list[Row]) -> None:
 
 
 def tell(rows: list[Row], show_all: bool) -> None:
-    """Print the faults; one that more than three rows have only once, with the count."""
+    """Print the faults; one that more than three rows share is printed once, with a count."""
     groups: dict = {}
     for row in rows:
         for level, kind, sentence in row.faults:
@@ -262,7 +262,7 @@ def tell(rows: list[Row], show_all: bool) -> None:
 
 
 class TrainingDataPreparator:
-    """Makes a training file under one system prompt, and counts its tokens as OpenAI does."""
+    """Makes a training file; rows without a system prompt get this one. Counts tokens."""
 
     def __init__(self, system: str | None = None):
         load_dotenv()
@@ -290,7 +290,7 @@ class TrainingDataPreparator:
 
     def prepare_data(self, inputs, output, columns=None, hold_out=0.0, show_all=False) -> dict:
         """Read, judge, compare, tell and write; return what the report file holds.
-        columns: {name in the data: name of a shape}; hold_out: the share for test cases."""
+        columns: {name in the data: name in SHAPES}; hold_out: the share for test cases."""
         rows, whole = [], Row(output, 0)
         for path in inputs:
             for line, record in read(path):
@@ -321,7 +321,7 @@ class TrainingDataPreparator:
         if tests:
             cases = output.removesuffix(".jsonl") + "_test_cases.jsonl"
             print(f"{cases}: {save_to_jsonl([row.example for row in tests], cases)}, {len(tests)}")
-            print(f"With the model: python test_model.py --cases {cases}")
+            print(f"After the training: python test_model.py --cases {cases}")
         return report
 
     def compare(self, rows: list[Row], hold_out: float) -> tuple[list[Row], list[Row]]:
@@ -333,7 +333,7 @@ class TrainingDataPreparator:
             same = seen.setdefault(tuple(row.texts), row)  # the first row with these texts
             first, number = prompts.setdefault(row.prompt, (row, len(prompts)))
             if row.tokens > TOKEN_LIMIT:
-                row.fault("too-many-tokens", f"{row.tokens:,}: the end would be cut off")
+                row.fault("too-many-tokens", f"{row.tokens:,}: shorten it, else its end is cut off")
             elif same is not row:
                 row.warn("duplicate", f"the same as {same.file}:{same.line}: left out")
             elif int((number + 1) * hold_out) > int(number * hold_out):
@@ -377,7 +377,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--system", metavar="TEXT", help="system prompt of the rows that have none")
     add("--columns", default="", metavar="question=NAME,answer=NAME", help="other names of yours")
     add("--hold-out", type=float, default=0.0, metavar="F", help="share for test cases, say 0.2")
-    add("--all", action="store_true", help="print each fault of each row")
+    add("--all", action="store_true", help="print a fault for every row that has it")
     return parser
 
 

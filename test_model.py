@@ -32,7 +32,7 @@ except KeyboardInterrupt:  # the imports take half a second
 CASES_FILE = Path(__file__).parent / "examples" / "techflow_support" / "test_cases.json"
 JOURNAL = Path("test_answers.jsonl")
 PARAMETERS: dict = {"temperature": 0, "seed": 42, "max_tokens": 400}  # the likeliest words
-AT_ONCE_LOCALLY, AT_ONCE = 16, 6  # a local server writes sixteen answers in one batch
+AT_ONCE_LOCALLY, AT_ONCE = 16, 6  # the local API writes sixteen answers in one batch
 CASE_KEYS = {"id", "category", "system", "history", "question", "answer", "messages", "checks"}
 # The checks that a case may have: does the answer pass, and what is said of it if not.
 CHECKS: dict[str, tuple] = {
@@ -62,7 +62,7 @@ def explain(error: Exception) -> str:
     host, key = os.environ.get("OPENAI_BASE_URL") or "OpenAI", os.environ.get("OPENAI_API_KEY", "")
     if isinstance(error, openai.APIConnectionError):
         return f"No answer from {host}. Is it running? (Local API: python -m local_api)"
-    said, code = str(error), getattr(error, "status_code", "nonsense")
+    said, code = str(error), getattr(error, "status_code", "nonsense, or a file here is broken")
     if isinstance(body := getattr(error, "body", None), dict):
         said = str(body.get("message") or said)
     said = said.replace(key, "[key]") if len(key) > 8 else said  # "local" is no secret
@@ -87,7 +87,7 @@ def read_cases(path: Path) -> tuple[list[dict], list[dict]]:
     """Return the test cases and the success criteria of a .json file (a list of cases, or an object
     with `cases` and what they share), or of a .jsonl file (a case or a chat row a line)."""
     if path.suffix == ".csv":
-        sys.exit(f"{path} is a table: python prepare_training_data.py {path} --hold-out 0.2")
+        sys.exit(f"{path} is a table: python prepare_training_data.py {path} -o cases.jsonl first.")
     try:
         text = path.read_text("utf-8-sig").strip()
         if path.suffix == ".jsonl":  # read as one list, so that an error names its line
@@ -112,14 +112,14 @@ def read_cases(path: Path) -> tuple[list[dict], list[dict]]:
         unknown |= row.keys() - CASE_KEYS
         cases.append(case)
     if unknown:
-        print(f"Ignored, because no test case uses such a key: {', '.join(sorted(unknown))}")
+        print(f"Ignored keys, which mean nothing in a test case: {', '.join(sorted(unknown))}")
     if unchecked:
         print(f'{unchecked} cases pass only word for word: add "checks" to judge them by more.')
     return cases, shared.get("criteria", [])
 
 
 def read_case(row: dict, shared: dict, name: str) -> dict:
-    """Return a case, or a chat row, in the one form that the rest of this page knows."""
+    """Return a case, or a chat row, in the one form that the rest of this script knows."""
     turns = list(row.get("messages", row.get("history", [])))
     case = {"id": str(row.get("id", name)), "category": row.get("category", "all")}
     case |= {"system": row.get("system", shared.get("system")), "expected": row.get("answer")}
@@ -140,7 +140,7 @@ class ModelTester:
 
     def __init__(self, model: str, base_model: str):
         self.model, self.base_model, self.answers, self.lock = model, base_model, {}, Lock()
-        # 300 seconds: a laptop writes sixteen answers at a time. The SDK repeats passing faults.
+        # 300 seconds: a laptop writes sixteen answers at a time. The SDK retries what may recover.
         self.client = connect(timeout=300, max_retries=4)
         if JOURNAL.exists():
             for line in JOURNAL.read_text("utf-8").splitlines():
@@ -225,7 +225,7 @@ def grade(case: dict, answer: dict) -> dict:
     repeated = get_close_matches(said, earlier, n=1, cutoff=0.85)  # nearly the same words
     if repeated and not get_close_matches(expected, earlier, n=1, cutoff=0.85):
         problems.append("repeats an earlier turn")
-    if not checks and said != expected:  # only blanks and capitals do not count: -5 is not 5
+    if not checks and said != expected:  # blanks and capitals do not count, signs do: -5 is no 5
         problems.append("is not the expected answer, word for word")
     if not text.strip():
         problems.append("is empty")
@@ -318,7 +318,7 @@ def evaluate(args: argparse.Namespace) -> None:
     if model in (None, job.get("job_id")):
         model = job.get("fine_tuned_model")
     if not (model and base_model):
-        sys.exit("No finished job is recorded here: steps 2 and 3, or MODEL --base-model NAME.")
+        sys.exit("No finished job is recorded: run steps 2 and 3, or MODEL --base-model NAME.")
     tester = ModelTester(model, base_model)
     cases, criteria = read_cases(args.cases)
     recorded = job.get("system_prompt")
@@ -329,7 +329,7 @@ def evaluate(args: argparse.Namespace) -> None:
         print(f"Warning: {args.cases.name} is for another model: {foreign[0]:.60}...")
         print(f"    This one was trained for: {recorded:.60}... (--cases FILE)")
     for case in cases:
-        case["system"] = case["system"] or recorded  # the prompt that it was trained with
+        case["system"] = case["system"] or recorded  # recorded: the one it was trained with
     results = tester.run_test_cases(cases)
     summary = {"model": model, "base_model": base_model, "parameters": PARAMETERS}
     summary |= {"cases_file": str(args.cases), **summarise(results, criteria)}
@@ -342,7 +342,7 @@ def evaluate(args: argparse.Namespace) -> None:
         lines = [json.dumps(result, ensure_ascii=False) + "\n" for result in failing]
         Path(args.failures).write_text("".join(lines), "utf-8")
         print(f"Failing cases: {args.failures}, to look at, never to train on")
-    step_6 = "new rows for what fails (README, step 6), or docs/deployment.md"
+    step_6 = "new rows for what fails, if anything (README, step 6), or docs/deployment.md"
     ask_for_them = "the same command with --failures failing_cases.jsonl (README, step 6)"
     print("Next:", ask_for_them if failing and not args.failures else step_6)
     if summary["failed_calls"]:
@@ -369,7 +369,7 @@ def main(argv: list[str] | None = None) -> None:
         evaluate(args)
     except (openai.APIError, json.JSONDecodeError, AttributeError) as error:
         if isinstance(error, AttributeError) and not isinstance(error.obj, str | list | None):
-            raise  # a slip in this script; the SDK makes a str of a web page
+            raise  # a slip in this script; only a server's nonsense gives a str, list or None
         sys.exit(explain(error))
     except KeyboardInterrupt:
         print(f"\nInterrupted. The same command goes on, from {JOURNAL}.", file=sys.stderr)

@@ -1,7 +1,7 @@
 """Step 4: ask the fine-tuned model a question, or chat with it.
 
 Needs   the server that .env names, and a model there: by default that of fine_tune_job.json.
-Leaves  nothing on disk. Answers go to stdout, what is said of them to stderr.
+Leaves  nothing on disk. Answers go to stdout, notes on them to stderr.
 Omits   tools, images, saved conversations.
 
     python use_fine_tuned_model.py "How do I reset my password?"
@@ -24,7 +24,7 @@ except ModuleNotFoundError as missing:
 except KeyboardInterrupt:  # the imports take half a second
     raise SystemExit(130) from None
 
-SAMPLING = {"temperature": 0.0, "max_tokens": 400}  # as in step 5; 0.0: always the likeliest word
+SAMPLING = {"temperature": 0.0, "max_tokens": 400}  # as in step 5; 0.0: always the likeliest token
 ENDINGS = {  # by finish_reason, but for "stop": the answer is whole
     "length": "The answer is cut off: it is as long as max_tokens allows (see SAMPLING).",
     "content_filter": "The server's content filter stopped the answer here.",
@@ -47,7 +47,7 @@ def explain(error: Exception) -> str:
     host, key = os.environ.get("OPENAI_BASE_URL") or "OpenAI", os.environ.get("OPENAI_API_KEY", "")
     if isinstance(error, openai.APIConnectionError):
         return f"No answer from {host}. Is it running? (Local API: python -m local_api)"
-    said, code = str(error), getattr(error, "status_code", "nonsense")
+    said, code = str(error), getattr(error, "status_code", "nonsense, or a file here is broken")
     if isinstance(body := getattr(error, "body", None), dict):
         said = str(body.get("message") or said)
     said = said.replace(key, "[key]") if len(key) > 8 else said  # "local" is no secret
@@ -150,7 +150,7 @@ def list_models() -> list[str]:
 def use(args: argparse.Namespace) -> None:
     if args.list_models:
         return print(*list_models(), sep="\n")
-    # A model is ft:..., ftjob-..., or any name that stands before a question in quotes.
+    # A model is ft:..., a job ftjob-...; any other name needs a question of some words after it.
     words, name = args.words, None
     if (words and words[0].startswith(("ft:", "ftjob-"))) or (len(words) == 2 and " " in words[1]):
         name = words.pop(0) or None
@@ -170,13 +170,13 @@ def use(args: argparse.Namespace) -> None:
         compare_models(words[0], system, name)
     else:
         ask(connect(), model, system, words[0])
-    next_step = f"python test_model.py {name or ''}" + ("" if record else " --base-model NAME")
-    print(f"\nNext: {next_step.rstrip()}", file=sys.stderr)
+    asked = (name or "") if record else f"{model} --base-model NAME"
+    print(f"\nNext: python test_model.py {asked}".rstrip(), file=sys.stderr)
 
 
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description="Step 4: ask the fine-tuned model, or chat.")
-    parser.add_argument("words", nargs="*", metavar="MODEL, QUESTION", help="none: a chat")
+    parser.add_argument("words", nargs="*", metavar="WORDS", help='[MODEL] ["QUESTION"]')
     parser.add_argument("--system", metavar="TEXT", help="default: that of the training data")
     parser.add_argument("--compare", action="store_true", help="ask the base model, too")
     parser.add_argument("--list-models", action="store_true", help="name all models, and stop")
@@ -189,7 +189,7 @@ def main(argv: list[str] | None = None) -> None:
         use(args)
     except (openai.APIError, json.JSONDecodeError, AttributeError) as error:
         if isinstance(error, AttributeError) and not isinstance(error.obj, str | list | None):
-            raise  # a slip in this script; the SDK makes a str of a web page
+            raise  # a slip in this script; only a server's nonsense gives a str, list or None
         sys.exit(explain(error))
     except KeyboardInterrupt:
         print("\nInterrupted. The model is still there: ask again.", file=sys.stderr)

@@ -283,7 +283,7 @@ def test_interrupted(api):
     assert "Created fine-tuning job" in process.stdout.readline()
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=20)
-    assert process.returncode == 130 and "The job goes on at the server" in err and "Traceback" not in err
+    assert process.returncode == 130 and "Interrupted here, not at the server" in err and "Traceback" not in err
     assert api.jobs[job["id"]]["status"] == "running"
 
 

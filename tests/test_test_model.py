@@ -367,13 +367,13 @@ def test_chat_rows_as_cases(api, capsys):
 def test_keys_that_no_case_has_are_named(api, capsys):
     cases({"question": "q", "answer": "a", "Checks": {"contains": "x"}, "source": 1})
     run()
-    assert "Ignored, because no test case uses such a key: Checks, source" in capsys.readouterr().out
+    assert "Ignored keys, which mean nothing in a test case: Checks, source" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
     ("name", "text", "sentence"),
     [
-        ("faq.csv", "question,answer\nq,a\n", "is a table: python prepare_training_data.py faq.csv --hold-out"),
+        ("faq.csv", "question,answer\nq,a\n", "is a table: python prepare_training_data.py faq.csv -o cases.jsonl"),
         ("cases.json", "[\n{'a'}]", "line 2"),
         ("cases.jsonl", '{"question": "q", "answer": "a"}\n\n  {"question": "q"\n', "line 3"),
         ("cases.json", b"\xff\xfe", "cannot be read"),
