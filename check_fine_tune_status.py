@@ -250,7 +250,7 @@ def check(args: argparse.Namespace) -> None:
     job_id = args.job_id or read_job().get("job_id")
     if not job_id:
         sys.exit("No fine_tune_job.json is here: run python fine_tune.py, name a job, or --list.")
-    (wait_for_training if args.wait else check_status)(job_id)
+    wait_for_training(job_id) if args.wait else check_status(job_id)
 
 
 def build_parser() -> argparse.ArgumentParser:

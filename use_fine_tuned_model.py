@@ -170,8 +170,8 @@ def use(args: argparse.Namespace) -> None:
         compare_models(words[0], system, name)
     else:
         ask(connect(), model, system, words[0])
-    asked = (name or "") if record else f"{model} --base-model NAME"
-    print(f"\nNext: python test_model.py {asked}".rstrip(), file=sys.stderr)
+    arguments = (name or "") if record else f"{model} --base-model NAME"
+    print(f"\nNext: python test_model.py {arguments}".rstrip(), file=sys.stderr)
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -246,4 +246,6 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    code = main() or 0
+    sys.stdout.flush()
+    os._exit(code)  # not sys.exit(): taking a process group's threads apart can end in an abort

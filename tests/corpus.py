@@ -130,7 +130,7 @@ GOOD: list = [
     chat("Q?", {"role": "assistant", "tool_calls": [call(arguments="{}")]}, tools=TOOLS),
     chat([{"type": "text", "text": "What is this?"}, PICTURE], ANSWER),
     chat([PICTURE], ANSWER),
-    chat([{"type": "image_url", "image_url": {"url": "data:image/png;base64," + LETTERS[:35]}}], ANSWER),
+    chat([{"type": "image_url", "image_url": {"url": "data:image/png;base64,hf_" + LETTERS[:35]}}], ANSWER),
     chat(said("Q?", "user", name="Ann"), ANSWER, "And?", ANSWER),
     chat("test_weight_decay_is_applied_to_every_group", "sk-loading_spinner_container_wrapper copyright_notice_for_third_party_software"),
     chat("sk-4711-blau-gross-2024", "right_side_of_the_customer_order_join_table hf_hub_download_file_v2_2024 " + ANSWER),

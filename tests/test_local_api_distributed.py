@@ -33,7 +33,7 @@ import sys, torch
 from local_api import base_models
 base_models.best_dtype = lambda device: torch.float32
 """
-TRAIN = "from local_api import train_distributed\nsys.exit(train_distributed.main())"
+TRAIN = "import os\nfrom local_api import train_distributed\nos._exit(train_distributed.main())"  # as the module ends
 FSDP_ON_CPU = """
 from accelerate import state
 from accelerate.utils import DistributedType
@@ -128,9 +128,6 @@ def alone(tiny_model, files, tmp_path_factory) -> Path:
 
 
 def assert_the_same(job_dir: Path, alone: Path) -> None:
-    # The outcome counts, as it does for the server, not the launcher's exit code: PyTorch can break in the last
-    # moment of a process, when all is written ("terminate called without an active exception"; seen once).
-    assert (job_dir / "outcome.json").exists(), (job_dir / "trainer.log").read_text("utf-8")
     outcome = json.loads((job_dir / "outcome.json").read_text("utf-8"))
     assert outcome == json.loads((alone / "outcome.json").read_text("utf-8"))
     assert len(figures(alone)) > 27 * 4 and figures(job_dir) == pytest.approx(figures(alone), rel=1e-3)
@@ -149,7 +146,7 @@ def test_two_processes_reach_what_one_reaches(tiny_model, files, alone, tmp_path
     from local_api import base_models
 
     job_dir = make_job(tmp_path / "job", tiny_model, **files)
-    launch("two_processes_cpu.yaml", program(tmp_path, TRAIN), job_dir).wait(280)
+    assert launch("two_processes_cpu.yaml", program(tmp_path, TRAIN), job_dir).wait(280) == 0
     assert_the_same(job_dir, alone)
     assert "share each batch: 2 (MULTI_CPU, mixed precision no)" in (job_dir / "events.jsonl").read_text("utf-8")
     model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny_model), job_dir / "adapter")
@@ -161,7 +158,7 @@ def test_two_processes_reach_what_one_reaches(tiny_model, files, alone, tmp_path
 def test_fsdp_spreads_the_model_and_reaches_the_same(tiny_model, files, alone, tmp_path):
     job_dir = make_job(tmp_path / "job", tiny_model, **files)
     options = ("--num_processes", "2", "--mixed_precision", "no")
-    launch("fsdp.yaml", program(tmp_path, FSDP_ON_CPU, TRAIN), job_dir, *options).wait(280)
+    assert launch("fsdp.yaml", program(tmp_path, FSDP_ON_CPU, TRAIN), job_dir, *options).wait(280) == 0
     assert_the_same(job_dir, alone)
     assert "share each batch: 2 (FSDP, mixed precision no)" in (job_dir / "events.jsonl").read_text("utf-8")
 

@@ -46,11 +46,6 @@ def test_a_fault_is_named_by_line_kind_and_sentence(kind, row, part, tmp_path):
     assert examples == 1 + len(GOOD) + (kind in rules.WARNINGS)
 
 
-def test_a_picture_in_the_row_is_not_searched_for_keys(tmp_path):
-    picture = {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{SECRETS[3]}"}}
-    assert kinds(chat([picture], ANSWER), tmp_path) == []
-
-
 def test_every_kind_is_provoked():
     in_table = {kind for table in rules.RULES.values() for kind, _, _ in table}
     source = "".join(
