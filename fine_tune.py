@@ -185,14 +185,14 @@ def unanswered_job(client: openai.OpenAI, wanted: dict):
         order = json.loads(ORDER.read_text("utf-8") or "{}")
         wait = order.get("sent_at", 0) + ORDER_WAIT - time.time()
         is_wanted = all(order.get(name) == wanted[name] for name in ("fingerprint", "force"))
-        if order.get("server", wanted["server"]) != wanted["server"]:
-            print(f"{ORDER} has had no answer. Let it find its job, else a second may be paid for:")
-            sys.exit(f"set OPENAI_BASE_URL to {order['server']} once more, and run this again.")
         for job in client.fine_tuning.jobs.list(limit=100).data:  # the newest first
             if job.training_file == order.get("training_file"):
                 write_record(job.id, order)
                 print(f"{ORDER} has had no answer, but its job is there: {job.id}.")
                 return job if is_wanted else None
+        if order.get("server", wanted["server"]) != wanted["server"]:
+            print(f"{ORDER} has had no answer. Let it find its job, else a second may be paid for:")
+            sys.exit(f"set OPENAI_BASE_URL to {order['server']}; if that is gone, delete {ORDER}.")
         if wait > 0:
             print(f"{ORDER} has had no answer. Its job may still come for {wait:.0f} s; waiting.")
             time.sleep(min(wait, 5))

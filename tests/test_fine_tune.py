@@ -298,11 +298,11 @@ def test_a_lost_order_is_not_given_up_at_another_server(api, capsys, monkeypatch
     with FakeAPI() as other:
         monkeypatch.setenv("OPENAI_BASE_URL", other.base_url)
         assert run() == 1
-    assert f"set OPENAI_BASE_URL to {api.base_url} once more" in capsys.readouterr().err
+    assert f"set OPENAI_BASE_URL to {api.base_url}; if that is gone, delete" in capsys.readouterr().err
     assert Path("fine_tune_order.json").read_text("utf-8") == order
-    monkeypatch.setenv("OPENAI_BASE_URL", api.base_url)
-    assert run() == 0
-    assert_one_job(api)
+    monkeypatch.setenv("OPENAI_BASE_URL", api.base_url.replace("127.0.0.1", "localhost"))  # the same, by another name
+    assert run("--suffix", "other") == 0
+    assert len(api.jobs) == 2 and not Path("fine_tune_order.json").exists()
 
 
 def test_a_lost_forced_order_is_not_forced_twice(api):
